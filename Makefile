@@ -1,0 +1,58 @@
+# Everything runs in a virtual environment that make builds by itself. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -q -n 2
+OLDEST_TORCH = torch==2.11.*
+
+PY = $(VENV)/bin/python
+INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-oldest lint format bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+
+venv: $(VENV)/.installed-base ## the package alone, editable, in .venv
+
+demo: $(VENV)/.installed-demo ## sparsify, compile and explain a model
+	$(VENV)/bin/padst demo
+
+test: $(VENV)/.installed-test ## the tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-oldest: ## the tests with the oldest supported torch, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest CONSTRAINT='$(OLDEST_TORCH)' PYTEST_ARGS='$(PYTEST_ARGS)'
+
+lint: $(VENV)/.installed-dev ## formatting, lint rules and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-dev ## rewrite what ruff can
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
+	$(PY) benchmarks/layers.py
+	$(PY) benchmarks/models.py
+
+clean: ## remove environments, builds and caches
+	rm -rf .venv .venv-oldest build dist *.egg-info .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras, older than none of what decides its content: an install is repeated when pyproject.toml
+# changes and never otherwise. The stamps depend on the interpreter's existence, not on its age.
+EXTRAS_base =
+EXTRAS_demo = [timm,transformers]
+EXTRAS_test = [test]
+EXTRAS_dev = [dev]
+
+$(VENV)/.installed-%: pyproject.toml | $(PY)
+	@echo 'installing $* requirements into $(VENV); the first time takes some minutes'
+	@$(INSTALL) --editable '.$(EXTRAS_$*)' $(if $(CONSTRAINT),'$(CONSTRAINT)')
+	@touch $@
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
