@@ -1,0 +1,95 @@
+"""One exception class per user mistake. Every message names what is wrong, where, and what to do instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_MOST_CHOICES_LISTED = 30
+
+
+class PadstError(Exception):
+    """Base class of everything this package raises on purpose."""
+
+
+class SpecError(PadstError, ValueError):
+    """A sparsity specification that cannot mean anything."""
+
+
+class UnknownFieldError(SpecError):
+    """A key, option or name that does not exist."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown {what} {name!r}{did_you_mean(name, known)}")
+
+
+class SparsityMismatchError(SpecError):
+    """`sparsity` contradicts what the structure fixes (N:M)."""
+
+
+class PatternError(SpecError):
+    """A target or ignore pattern that matches no layer, or is no valid pattern."""
+
+
+class StructureMismatchError(PadstError, ValueError):
+    """A structure that does not fit the shape of a layer."""
+
+    def __init__(self, module: str, reason: str, fix: str) -> None:
+        super().__init__(f"layer {module!r}: {reason}; {fix}")
+        self.module = module
+
+
+class EmptyLayerError(StructureMismatchError):
+    """A sparsity that would leave a layer without any active weight."""
+
+
+class NothingToSparsifyError(PadstError, ValueError):
+    """A request under which every layer stays dense."""
+
+
+class AlreadySparseError(PadstError, ValueError):
+    """A model that was sparsified before."""
+
+
+class CompiledModelError(PadstError, TypeError):
+    """A model that was compiled before `sparsify`; its compiled code would keep the dense layers."""
+
+
+class MetaDeviceError(PadstError, ValueError):
+    """A layer whose weights are on the meta device and hold no values to keep."""
+
+
+class InvalidPermutationError(PadstError, ValueError):
+    """An index tensor that is not a permutation of the features it is applied to."""
+
+
+class FeatureMismatchError(PadstError, ValueError):
+    """An input whose last dimension is not the layer's `in_features`."""
+
+
+class UnknownOptionError(UnknownFieldError):
+    """An option that neither this backend nor Inductor knows."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__("option of backend 'padst'", name, known)
+
+
+class InvalidOptionError(PadstError, ValueError):
+    """A known option of the backend with a value it does not take."""
+
+
+class UnknownModelError(PadstError, ValueError):
+    """A model name that the command line cannot build."""
+
+
+class UnsupportedGraphError(PadstError, TypeError):
+    """A graph that the passes cannot work on as given."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, else the sorted choices."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(choices)}" if 0 < len(choices) <= _MOST_CHOICES_LISTED else ""

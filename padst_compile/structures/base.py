@@ -1,0 +1,125 @@
+"""What every sparsity structure answers: which weights may be active together, and how the active ones are stored.
+
+A structure works on a weight `[out_features, in_features]`. Its *topology* is a tuple of index tensors that says which
+weights are active; its *values* are the active weights alone, packed.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from padst_compile.errors import EmptyLayerError, SpecError
+
+Topology: TypeAlias = tuple[torch.Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The size of a linear layer: its weight is `[out_features, in_features]`."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        """Weights of the dense layer."""
+        return self.out_features * self.in_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure(abc.ABC):
+    """A family of masks, as configuration. Subclasses are frozen dataclasses with integer fields."""
+
+    kind: ClassVar[str]
+    index_names: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def check(self, shape: Shape, sparsity: float, module: str) -> None:
+        """Refuse what cannot be built.
+
+        Raises:
+            StructureMismatchError: the structure does not fit `shape`.
+            EmptyLayerError: nothing would be active at `sparsity`.
+        """
+
+    @abc.abstractmethod
+    def choose(self, scores: torch.Tensor, sparsity: float) -> Topology:
+        """The topology that keeps the largest total of `scores` `[out, in]` (non-negative) at `sparsity`."""
+
+    @abc.abstractmethod
+    def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
+        """The active entries of a dense `weight` `[out, in]`, in the layout the kernels read."""
+
+    @abc.abstractmethod
+    def unpack(self, values: torch.Tensor, topology: Topology, shape: Shape) -> torch.Tensor:
+        """The dense weight `[out, in]` that has `values` at the active positions and zeros elsewhere."""
+
+    @abc.abstractmethod
+    def check_topology(self, topology: Topology, shape: Shape) -> str | None:
+        """What is wrong with index tensors from a file or a user, or None."""
+
+    def natural_sparsity(self) -> float | None:
+        """The sparsity that the structure itself fixes, or None where it is free."""
+        return None
+
+    @abc.abstractmethod
+    def to_string(self) -> str:
+        """The short form, as on the command line (`block:64x64`); `structures.parse` reads it back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: `kind` and the fields."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+def active_units(total: int, sparsity: float, module: str, unit: str) -> int:
+    """How many of `total` units stay active.
+
+    Raises:
+        EmptyLayerError: none would.
+    """
+    count = round((1.0 - sparsity) * total)
+    if count == 0:
+        highest = 1.0 - 1.0 / total if total > 1 else 0.0
+        digits = max(4, len(str(total)))  # fewer could round up to a sparsity that leaves nothing
+        raise EmptyLayerError(
+            module,
+            f"sparsity {sparsity:g} leaves none of its {total} {unit}{'s' if total != 1 else ''} active",
+            f"use a sparsity of at most {highest:.{digits}g}, a finer structure, or add the layer to ignore",
+        )
+    return count
+
+
+def require_positive(value: object, what: str) -> int:
+    """`value` if it is a positive int.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpecError(f"{what} must be a positive integer, got {value!r}")
+    return value
+
+
+def not_indices(**tensors: torch.Tensor) -> str | None:
+    """What keeps tensors from being lists of indices (integers, one dimension), or None."""
+    for name, tensor in tensors.items():
+        if not is_integer(tensor):
+            return f"{name} must hold integers, not {tensor.dtype}"
+        if tensor.ndim != 1:
+            return f"{name} must have one dimension, got {list(tensor.shape)}"
+    return None
+
+
+def is_integer(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds integers; truth values are none."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Ascending positions of the `count` largest entries of a flat tensor; ties go to the lower position."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return order[:count].sort().values
