@@ -1,0 +1,280 @@
+// y = permute_out(S permute_in(x)) + bias for block-sparse S: one batch-reduce GEMM call per active block.
+//
+// Work is cut into token tiles. A tile of x is copied (and permuted) into scratch once, where it stays in cache while every
+// block row reads it; its outputs collect in scratch too, and leave as whole rows.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "checks.h"
+#include "kernels.h"
+#include "micro_kernel.h"
+#include "partition.h"
+#include "rows.h"
+
+namespace padst {
+namespace {
+
+// Tokens per tile: a tile of outputs in float should stay in L2, and tiles feed 16-bit matrix units with more tokens.
+template <typename C>
+constexpr int64_t kTokenTile = MicroKernel<C>::kPairs ? 64 : 32;
+
+struct BlockMatrix {
+  int64_t in_features, out_features, block_rows, rows, columns;  // rows x columns: size of one block
+  const int32_t* row_pointers;
+  const int32_t* block_columns;
+
+  int64_t blocks() const {
+    return row_pointers[block_rows];
+  }
+  int64_t height(int64_t block_row) const {
+    return std::min(rows, out_features - block_row * rows);
+  }
+  int64_t width(int64_t block_column) const {
+    return std::min(columns, in_features - block_column * columns);
+  }
+};
+
+BlockMatrix describe(
+    const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
+    int64_t out_features) {
+  TORCH_CHECK(
+      values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0, "values must be [blocks, block columns, block rows], got ",
+      values.sizes());
+  const BlockMatrix s{
+      x.size(-1),     out_features,   ceil_div(out_features, values.size(2)),
+      values.size(2), values.size(1), int32_pointer(row_pointers, "row_pointers"),
+      int32_pointer(columns, "columns")};
+  TORCH_CHECK(columns.numel() == values.size(0), "columns has ", columns.numel(), " entries for ", values.size(0), " blocks");
+  TORCH_CHECK(
+      row_pointers.numel() == s.block_rows + 1, "row_pointers has ", row_pointers.numel(), " entries for ", s.block_rows,
+      " block rows");
+  check_indices(s.block_columns, columns.numel(), ceil_div(s.in_features, s.columns), "columns");
+  TORCH_CHECK(s.row_pointers[0] == 0 && s.blocks() == columns.numel(), "row_pointers must run from 0 to the number of blocks");
+  for (int64_t r = 0; r < s.block_rows; ++r) {
+    TORCH_CHECK(s.row_pointers[r] <= s.row_pointers[r + 1], "row_pointers must not decrease");
+  }
+  return s;
+}
+
+// The blocks of S as the micro-kernel for C reads them.
+template <typename C>
+struct PackedBlocks {
+  const C* data;
+  int64_t stride;  // elements from one block to the next
+};
+
+// values [blocks, columns, rows] -> [blocks, ceil(columns / 2), rows, 2]. Inputs beyond in_features get weight zero, because
+// the even depth of the micro-kernel may reach one of them.
+template <typename C>
+void interleave_blocks(const BlockMatrix& s, const C* values, C* packed) {
+  const int64_t pairs = ceil_div(s.columns, 2);
+  const Scratch<C> zeros(s.rows);
+  std::fill_n(zeros.data(), s.rows, C(0.0f));
+  at::parallel_for(0, s.blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t width = s.width(s.block_columns[block]);
+      for (int64_t pair = 0; pair < ceil_div(width, 2); ++pair) {
+        const C* even = values + (block * s.columns + 2 * pair) * s.rows;
+        const C* odd = 2 * pair + 1 < width ? even + s.rows : zeros.data();
+        interleave(even, odd, s.rows, packed + (block * pairs + pair) * 2 * s.rows);
+      }
+    }
+  });
+}
+
+// A tile of x, permuted where asked for, in rows whose distance keeps them out of each other's cache sets.
+template <typename T, typename C>
+class TokenTile {
+ public:
+  TokenTile(const BlockMatrix& s, const T* x, const int32_t* permutation, int64_t tile)
+      : x_(x),
+        permutation_(permutation),
+        features_(s.in_features),
+        stride_(round_up(s.in_features, kLine) + kLine),
+        scratch_(tile * stride_) {}
+
+  void load(int64_t first, int64_t tokens) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* source = x_ + (first + t) * features_;
+      C* target = scratch_.data() + t * stride_;
+      if (permutation_ != nullptr) {
+        gather(source, permutation_, features_, target);
+      } else {
+        convert(source, features_, target);
+      }
+      target[features_] = C(0.0f);  // an odd number of inputs has a partner for its last
+    }
+  }
+
+  const C* data() const {
+    return scratch_.data();
+  }
+  int64_t stride() const {
+    return stride_;
+  }
+
+ private:
+  static constexpr int64_t kLine = kCacheLine / sizeof(C);
+  const T* x_;
+  const int32_t* permutation_;
+  int64_t features_;
+  int64_t stride_;
+  Scratch<C> scratch_;
+};
+
+// z [tokens, height] = one block row of S times the tile.
+template <typename T, typename C>
+void multiply_block_row(
+    const BlockMatrix& s, const PackedBlocks<C>& blocks, int64_t block_row, const TokenTile<T, C>& inputs, int64_t tokens,
+    float* z, int64_t z_stride) {
+  const int64_t first = s.row_pointers[block_row], last = s.row_pointers[block_row + 1], height = s.height(block_row);
+  if (first == last) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::fill_n(z + t * z_stride, height, 0.0f);
+    }
+  }
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t column = s.block_columns[block];
+    MicroKernel<C>::multiply(
+        tokens, height, round_up(s.width(column), MicroKernel<C>::kStep), inputs.data() + column * s.columns, inputs.stride(),
+        blocks.data + block * blocks.stride, s.rows, z, z_stride, block > first);
+  }
+}
+
+// Where outputs go, and what happens to them on the way.
+template <typename T>
+struct Output {
+  T* y;
+  int64_t features;
+  const float* bias;                   // in the final order
+  const int32_t* permutation;          // y[j] = z[permutation[j]], or nullptr
+  const std::vector<int32_t>& target;  // its inverse, where workers share a row
+
+  // All of one token; `row` is scratch for `features` floats.
+  void finish(int64_t token, const float* z, float* row) const {
+    if (permutation != nullptr) {
+      gather(z, permutation, features, row);
+      z = row;
+    }
+    finish_row(z, bias, features, y + token * features);
+  }
+
+  // The outputs `rows` of S of one token.
+  void finish_part(int64_t token, const float* z, Range rows) const {
+    if (permutation != nullptr) {
+      scatter_row(z, bias, target.data() + rows.begin, rows.size(), y + token * features);
+    } else {
+      finish_row(z, bias != nullptr ? bias + rows.begin : nullptr, rows.size(), y + token * features + rows.begin);
+    }
+  }
+};
+
+// The first block row of each of `parts` parts with about equal work; an empty block row costs about a tenth of a block.
+std::vector<int64_t> split_block_rows(const BlockMatrix& s, int64_t parts) {
+  std::vector<int64_t> bounds(parts + 1, s.block_rows);
+  const auto work = [&](int64_t block_row) { return 10 * int64_t{s.row_pointers[block_row]} + block_row; };
+  int64_t block_row = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    while (block_row < s.block_rows && work(block_row) * parts < work(s.block_rows) * part) {
+      ++block_row;
+    }
+    bounds[part] = block_row;
+  }
+  return bounds;
+}
+
+template <typename T, typename C>
+void run(
+    const BlockMatrix& s, const PackedBlocks<C>& blocks, const T* x, const int32_t* permutation, int64_t total_tokens,
+    const Output<T>& output, const std::vector<int64_t>& bounds) {
+  const int64_t threads = at::get_num_threads(), parts = static_cast<int64_t>(bounds.size()) - 1;
+  const int64_t tile = balanced_tile(total_tokens, kTokenTile<C>, threads);
+  const int64_t z_stride = round_up(s.out_features, kLanes) + kLanes;  // off the power of two that would share cache sets
+  at::parallel_for(0, ceil_div(total_tokens, tile) * parts, 1, [&](int64_t begin, int64_t end) {
+    const MicroKernelScope<C> scope;
+    TokenTile<T, C> inputs(s, x, permutation, tile);
+    const Scratch<float> z(tile * z_stride), row(z_stride);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / parts * tile, tokens = std::min(tile, total_tokens - first), part = item % parts;
+      inputs.load(first, tokens);
+      for (int64_t block_row = bounds[part]; block_row < bounds[part + 1]; ++block_row) {
+        multiply_block_row(s, blocks, block_row, inputs, tokens, z.data() + block_row * s.rows, z_stride);
+      }
+      const Range rows{bounds[part] * s.rows, std::min(bounds[part + 1] * s.rows, s.out_features)};
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (parts == 1) {
+          output.finish(first + t, z.data() + t * z_stride, row.data());
+        } else {
+          output.finish_part(first + t, z.data() + t * z_stride + rows.begin, rows);
+        }
+      }
+    }
+  });
+}
+
+// T: dtype of x, values and y. C: dtype of the micro-kernel, float where there is none for T.
+template <typename T, typename C>
+void dispatch(
+    const BlockMatrix& s, const at::Tensor& x, const at::Tensor& values, const float* bias, const int32_t* input_permutation,
+    const int32_t* output_permutation, at::Tensor& y) {
+  const at::Tensor operand = values.to(c10::CppTypeToScalarType<C>::value);
+  PackedBlocks<C> blocks{operand.const_data_ptr<C>(), s.rows * s.columns};
+  const int64_t packed_stride = round_up(s.columns, MicroKernel<C>::kStep) * s.rows;
+  const Scratch<C> packed(MicroKernel<C>::kPairs ? s.blocks() * packed_stride : 0);
+  if constexpr (MicroKernel<C>::kPairs) {
+    interleave_blocks(s, blocks.data, packed.data());
+    blocks = {packed.data(), packed_stride};
+  }
+  const int64_t tokens = x.numel() / s.in_features, threads = at::get_num_threads();
+  const bool few_tokens = tokens < threads * kTokenTile<C>;
+  const std::vector<int64_t> bounds = split_block_rows(s, few_tokens ? std::min(threads, s.block_rows) : 1);
+  std::vector<int32_t> target;
+  if (output_permutation != nullptr && bounds.size() > 2) {
+    target = inverse_permutation(output_permutation, s.out_features, "output_permutation");
+  }
+  const Output<T> output{y.mutable_data_ptr<T>(), s.out_features, bias, output_permutation, target};
+  run<T, C>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, output, bounds);
+}
+
+template <typename T>
+constexpr auto kDispatch = [](auto&&... arguments) {
+  if (has_micro_kernel<T>()) {
+    dispatch<T, T>(arguments...);
+  } else {
+    dispatch<T, float>(arguments...);
+  }
+};
+
+}  // namespace
+
+bool block_linear_supports(at::ScalarType dtype) {
+  // 16-bit activations are converted where only the float micro-kernel exists.
+  return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) && has_micro_kernel<float>();
+}
+
+at::Tensor block_linear(
+    const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& row_pointers, const at::Tensor& columns,
+    const OptionalTensor& bias_in, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
+    int64_t out_features) {
+  check_operands(x_in, values_in, out_features);
+  TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "block_linear has no micro-kernel for ", x_in.scalar_type(), " here");
+  const at::Tensor x = x_in.contiguous(), values = values_in.contiguous(), bias = float_bias(bias_in, out_features);
+  const BlockMatrix s = describe(x, values, row_pointers, columns, out_features);
+  const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
+  const int32_t* out_table = permutation_pointer(output_permutation, out_features, "output_permutation");
+
+  at::Tensor y = at::empty(output_sizes(x, out_features), x.options());
+  if (y.numel() == 0) {
+    return y;
+  }
+  if (x.scalar_type() == at::kFloat) {
+    dispatch<float, float>(s, x, values, pointer_or_null(bias), in_table, out_table, y);
+  } else if (x.scalar_type() == at::kBFloat16) {
+    kDispatch<at::BFloat16>(s, x, values, pointer_or_null(bias), in_table, out_table, y);
+  } else {
+    kDispatch<at::Half>(s, x, values, pointer_or_null(bias), in_table, out_table, y);
+  }
+  return y;
+}
+
+}  // namespace padst

@@ -1,0 +1,32 @@
+// The operators of the library. Each computes y = permute_out(S permute_in(x)) + bias over the last axis of x.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace padst {
+
+bool block_linear_supports(at::ScalarType dtype);
+bool row_gather_supports(at::ScalarType dtype);
+
+// S in block compressed rows: row_pointers [block rows + 1], columns [blocks], values [blocks, block columns, rows].
+at::Tensor block_linear(
+    const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& input_permutation,
+    const std::optional<at::Tensor>& output_permutation, int64_t out_features);
+
+// S with n of every m inputs: offsets uint8 [row groups, slots], values [row groups, slots, vector].
+at::Tensor nm_linear(
+    const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
+    int64_t out_features, int64_t n, int64_t m);
+
+// S as wrapped diagonals: offsets [diagonals] ascending, values [diagonals, min(in, out)].
+at::Tensor diagonal_linear(
+    const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
+    int64_t out_features);
+
+}  // namespace padst

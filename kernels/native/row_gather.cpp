@@ -1,0 +1,302 @@
+// N:M and diagonal layers in terms of row_gather.h; 16-bit values are converted once and summed in float.
+#include "row_gather.h"
+
+#include <ATen/ops/empty.h>
+
+#include "checks.h"
+#include "kernels.h"
+
+namespace padst {
+namespace {
+
+// W[g * vector + v, (s / n) * m + offsets[g, s]] = values[g, s, v]
+struct NmMatrix {
+  int64_t in_features, out_features, n, m, vector, slots;
+  const uint8_t* offsets;
+  const float* values;
+
+  static constexpr int64_t kExtraRows = 0;
+
+  int64_t chunk_step() const {
+    return m;
+  }
+  int64_t row_step() const {
+    return vector;
+  }
+
+  template <int64_t kTokens>
+  void extend(float*) const {}
+
+  template <int kWidth>
+  void multiply(const float* panel, Range inputs, Range rows, float* sums) const {
+    for (int64_t row = rows.begin; row < rows.end; row += vector) {
+      const int64_t height = std::min(vector, rows.end - row);
+      int64_t v = 0;
+      for (; v + 4 <= height; v += 4) {
+        multiply_rows<4, kWidth>(panel, inputs, row / vector, v, sums);
+      }
+      for (; v < height; ++v) {
+        multiply_rows<1, kWidth>(panel, inputs, row / vector, v, sums);
+      }
+    }
+  }
+
+ private:
+  template <int kRows, int kWidth>
+  void multiply_rows(const float* panel, Range inputs, int64_t row_group, int64_t v, float* sums) const {
+    RowSums<kRows, kWidth> total(panel);
+    float* target = sums + (row_group * vector + v) * total.kTokens;
+    if (inputs.begin == 0) {
+      total.clear();
+    } else {
+      total.load_sums(target);
+    }
+    const uint8_t* offset = offsets + row_group * slots;
+    const float* weights = values + row_group * slots * vector + v;
+    int64_t slot = inputs.begin / m * n;
+    for (int64_t group = inputs.begin; group < inputs.end; group += m) {
+      for (int64_t j = 0; j < n; ++j, ++slot) {
+        total.template add<0>(group + offset[slot], weights + slot * vector);
+      }
+    }
+    total.store_sums(target);
+  }
+};
+
+// Diagonal o holds W[k, (k + o) % in] (wide, inputs at least as many as outputs) or W[(k + o) % out, k] (tall), k < length.
+class DiagonalMatrix {
+ public:
+  const int64_t in_features, out_features;
+
+  // A group of rows reads kRows - 1 features beyond the last, which are the first again.
+  static constexpr int kRows = 4;
+  static constexpr int64_t kExtraRows = kRows - 1;
+
+  DiagonalMatrix(int64_t in_features, int64_t out_features, const int32_t* offsets, int64_t diagonals, const float* values)
+      : in_features(in_features),
+        out_features(out_features),
+        length_(std::min(in_features, out_features)),
+        period_(std::max(in_features, out_features)),
+        offsets_(offsets),
+        values_(values),
+        first_(period_ + 1) {
+    int64_t d = 0;
+    for (int64_t offset = 0; offset <= period_; ++offset) {
+      first_[offset] = static_cast<int32_t>(d);
+      d += d < diagonals && offsets[d] == offset ? 1 : 0;
+    }
+  }
+
+  int64_t chunk_step() const {
+    return 1;
+  }
+  int64_t row_step() const {
+    return kRows;
+  }
+
+  template <int64_t kTokens>
+  void extend(float* panel) const {
+    for (int64_t i = 0; i < kExtraRows; ++i) {
+      std::copy_n(panel + i % in_features * kTokens, kTokens, panel + (in_features + i) * kTokens);
+    }
+  }
+
+  template <int kWidth>
+  void multiply(const float* panel, Range inputs, Range rows, float* sums) const {
+    int64_t row = rows.begin;
+    for (; in_features >= kRows && row + kRows <= rows.end; row += kRows) {
+      multiply_rows<kRows, kWidth>(panel, inputs, row, sums);
+    }
+    for (; row < rows.end; ++row) {
+      multiply_rows<1, kWidth>(panel, inputs, row, sums);
+    }
+  }
+
+ private:
+  // The diagonals with begin <= offset < end.
+  Range diagonals(int64_t begin, int64_t end) const {
+    const int64_t from = std::clamp<int64_t>(begin, 0, period_), to = std::clamp<int64_t>(end, from, period_);
+    return {first_[from], first_[to]};
+  }
+
+  template <int kRowCount, int kWidth>
+  void multiply_rows(const float* panel, Range inputs, int64_t row, float* sums) const {
+    RowSums<kRowCount, kWidth> total(panel);
+    float* target = sums + row * total.kTokens;
+    if (inputs.begin == 0) {
+      total.clear();
+    } else {
+      total.load_sums(target);
+    }
+    if (in_features >= out_features) {
+      add_wide(total, inputs, row);
+    } else {
+      add_tall(total, inputs, row);
+    }
+    total.store_sums(target);
+    if (in_features < out_features && kRowCount > 1) {
+      add_corners<kRowCount, kWidth>(panel, inputs, row, sums);
+    }
+  }
+
+  // Column row + o, or row + o - period once it wraps.
+  template <int kRowCount, int kWidth>
+  void add_wide(RowSums<kRowCount, kWidth>& total, Range inputs, int64_t row) const {
+    for (const int64_t base : {row, row - period_}) {
+      const Range range = diagonals(inputs.begin - base, inputs.end - base);
+      for (int64_t d = range.begin; d < range.end; ++d) {
+        total.template add<1>(base + offsets_[d], values_ + d * length_ + row);
+      }
+    }
+  }
+
+  // Column row - o, or row - o + period, where all rows of the group have one inside [0, in_features).
+  template <int kRowCount, int kWidth>
+  void add_tall(RowSums<kRowCount, kWidth>& total, Range inputs, int64_t row) const {
+    const int64_t end = std::min(inputs.end, in_features - kRowCount + 1);
+    for (const int64_t base : {row, row + period_}) {
+      const Range range = diagonals(base - end + 1, base - inputs.begin + 1);
+      for (int64_t d = range.begin; d < range.end; ++d) {
+        const int64_t column = base - offsets_[d];
+        total.template add<1>(column, values_ + d * length_ + column);
+      }
+    }
+  }
+
+  // The diagonals that start or end inside the group of rows, row by row.
+  template <int kRowCount, int kWidth>
+  void add_corners(const float* panel, Range inputs, int64_t row, float* sums) const {
+    for (const int64_t base : {row, row + period_}) {
+      for (int64_t r = 0; r < kRowCount; ++r) {
+        if (inputs.begin == 0) {
+          add_corner<kWidth>(panel, diagonals(base + 1, base + r + 1), base + r, sums + (row + r) * kWidth * kLanes);
+        }
+        if (inputs.end == in_features) {
+          const Range ending = diagonals(base + r - in_features + 1, base + kRowCount - in_features);
+          add_corner<kWidth>(panel, ending, base + r, sums + (row + r) * kWidth * kLanes);
+        }
+      }
+    }
+  }
+
+  template <int kWidth>
+  void add_corner(const float* panel, Range range, int64_t base, float* target) const {
+    if (range.size() <= 0) {
+      return;
+    }
+    RowSums<1, kWidth> total(panel);
+    total.load_sums(target);
+    for (int64_t d = range.begin; d < range.end; ++d) {
+      const int64_t column = base - offsets_[d];
+      total.template add<1>(column, values_ + d * length_ + column);
+    }
+    total.store_sums(target);
+  }
+
+  int64_t length_, period_;
+  const int32_t* offsets_;
+  const float* values_;
+  std::vector<int32_t> first_;  // first_[o]: the first diagonal with an offset of at least o
+};
+
+template <typename T, typename S>
+void run(
+    const S& s, const at::Tensor& x, const float* bias, const OptionalTensor& input_permutation,
+    const OptionalTensor& output_permutation, at::Tensor& y) {
+  const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
+  const int32_t* out_table = permutation_pointer(output_permutation, s.out_features, "output_permutation");
+  std::vector<int32_t> target, inverse;
+  if (in_table != nullptr) {
+    target = inverse_permutation(in_table, s.in_features, "input_permutation");
+  }
+  const int64_t tokens = x.numel() / s.in_features, threads = at::get_num_threads();
+  const int64_t parts = tokens > (threads - 1) * kWidest * kLanes ? 1 : threads;
+  if (out_table != nullptr && parts > 1) {
+    inverse = inverse_permutation(out_table, s.out_features, "output_permutation");
+  }
+  const PanelOutput<T> output{
+      y.mutable_data_ptr<T>(), s.out_features, bias, out_table, inverse.empty() ? nullptr : inverse.data()};
+  row_gather<T, S>(s, x.const_data_ptr<T>(), target.empty() ? nullptr : target.data(), tokens, output, parts);
+}
+
+template <typename S>
+at::Tensor dispatch(
+    const S& s, const at::Tensor& x, const OptionalTensor& bias_in, const OptionalTensor& input_permutation,
+    const OptionalTensor& output_permutation) {
+  const at::Tensor bias = float_bias(bias_in, s.out_features);
+  at::Tensor y = at::empty(output_sizes(x, s.out_features), x.options());
+  if (y.numel() == 0) {
+    return y;
+  }
+  const auto kernel = x.scalar_type() == at::kFloat ? run<float, S>
+      : x.scalar_type() == at::kBFloat16            ? run<at::BFloat16, S>
+                                                    : run<at::Half, S>;
+  kernel(s, x, pointer_or_null(bias), input_permutation, output_permutation, y);
+  return y;
+}
+
+void check_nm(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, int64_t out_features, int64_t n, int64_t m) {
+  TORCH_CHECK(0 < n && n <= m && m <= 256, "N:M needs 0 < n <= m <= 256, got ", n, ":", m);
+  TORCH_CHECK(values.dim() == 3 && values.size(2) > 0, "values must be [row groups, slots, vector], got ", values.sizes());
+  const int64_t row_groups = ceil_div(out_features, values.size(2)), groups = ceil_div(x.size(-1), m);
+  TORCH_CHECK(
+      values.size(0) == row_groups && values.size(1) == groups * n, "values must be [", row_groups, ", ", groups * n, ", vector], got ",
+      values.sizes());
+  TORCH_CHECK(offsets.device().is_cpu() && offsets.scalar_type() == at::kByte, "offsets must be uint8 on the CPU");
+  TORCH_CHECK(
+      offsets.is_contiguous() && offsets.sizes() == values.sizes().slice(0, 2), "offsets must be contiguous [", row_groups, ", ",
+      groups * n, "], got ", offsets.sizes());
+}
+
+// Every offset inside its group, and the last, possibly shorter group inside in_features.
+void check_offsets(const NmMatrix& s, int64_t row_groups) {
+  const int64_t tail = s.in_features - (s.slots / s.n - 1) * s.m;
+  uint8_t worst = 0, worst_tail = 0;
+  for (int64_t i = 0; i < row_groups * s.slots; ++i) {
+    worst = std::max(worst, s.offsets[i]);
+  }
+  for (int64_t g = 0; g < row_groups; ++g) {
+    for (int64_t slot = s.slots - s.n; slot < s.slots; ++slot) {
+      worst_tail = std::max(worst_tail, s.offsets[g * s.slots + slot]);
+    }
+  }
+  TORCH_CHECK(worst < s.m && worst_tail < tail, "offsets must stay inside their group of ", s.m, " inputs");
+}
+
+}  // namespace
+
+bool row_gather_supports(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+at::Tensor nm_linear(
+    const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets, const OptionalTensor& bias,
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features, int64_t n, int64_t m) {
+  check_operands(x_in, values_in, out_features);
+  TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
+  check_nm(x_in, values_in, offsets, out_features, n, m);
+  const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
+  const NmMatrix s{x.size(-1), out_features, n, m, values.size(2), values.size(1), offsets.const_data_ptr<uint8_t>(),
+                   values.const_data_ptr<float>()};
+  check_offsets(s, values.size(0));
+  return dispatch(s, x, bias, input_permutation, output_permutation);
+}
+
+at::Tensor diagonal_linear(
+    const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets_in, const OptionalTensor& bias,
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features) {
+  check_operands(x_in, values_in, out_features);
+  TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "diagonal_linear has no native kernel for ", x_in.scalar_type());
+  const int64_t in_features = x_in.size(-1), length = std::min(in_features, out_features), diagonals = offsets_in.numel();
+  TORCH_CHECK(
+      values_in.dim() == 2 && values_in.size(0) == diagonals && values_in.size(1) == length, "values must be [", diagonals, ", ",
+      length, "], got ", values_in.sizes());
+  const int32_t* offsets = int32_pointer(offsets_in, "offsets");
+  check_indices(offsets, diagonals, std::max(in_features, out_features), "offsets");
+  TORCH_CHECK(std::is_sorted(offsets, offsets + diagonals, std::less_equal<int32_t>()), "offsets must ascend without repetition");
+  const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
+  const DiagonalMatrix s(in_features, out_features, offsets, diagonals, values.const_data_ptr<float>());
+  return dispatch(s, x, bias, input_permutation, output_permutation);
+}
+
+}  // namespace padst

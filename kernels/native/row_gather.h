@@ -1,0 +1,186 @@
+// y = permute_out(S permute_in(x)) + bias for an S whose rows are short lists of (input, weight).
+//
+// A panel of tokens is transposed to feature-major, which absorbs the input permutation: feature f is stored at row
+// inverse[f]. A few rows of S at a time are then sums of weights times panel rows, tokens in vector lanes. Transposing the
+// sums back absorbs the output permutation. Inputs are taken in chunks whose part of the panel stays in L1, while the sums
+// wait in L2.
+//
+// A structure S is described by a class with
+//   kRows                        rows that share one pass over the panel, the most common case
+//   in_features, out_features
+//   chunk_step()                 what a chunk boundary must be a multiple of
+//   multiply(panel, chunk, row, sums)
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "partition.h"
+#include "transpose.h"
+#include "vectors.h"
+
+namespace padst {
+
+// What part of the panel one chunk of inputs may take in L1, beside the weights and the sums.
+inline constexpr int64_t kChunkBytes = int64_t{32} << 10;
+
+// Rows of `kRows` sums over a panel of kWidth vectors of tokens, in registers.
+template <int kRows, int kWidth>
+class RowSums {
+ public:
+  static constexpr int64_t kTokens = kWidth * kLanes;
+
+  explicit RowSums(const float* panel) : panel_(panel) {}
+
+  void load_sums(const float* source) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int w = 0; w < kWidth; ++w) {
+        sums_[r][w] = load(source + r * kTokens + w * kLanes);
+      }
+    }
+  }
+  void clear() {
+    for (auto& row : sums_) {
+      for (Vec& sum : row) {
+        sum = Vec{};
+      }
+    }
+  }
+  void store_sums(float* target) const {
+    for (int r = 0; r < kRows; ++r) {
+      for (int w = 0; w < kWidth; ++w) {
+        store(sums_[r][w], target + r * kTokens + w * kLanes);
+      }
+    }
+  }
+
+  // Row r gains weights[r] times feature `column + r * kShift`.
+  template <int kShift>
+  void add(int64_t column, const float* weights) {
+    const float* source = panel_ + column * kTokens;
+    for (int r = 0; r < kRows; ++r) {
+      for (int w = 0; w < kWidth; ++w) {
+        sums_[r][w] += weights[r] * load(source + r * kShift * kTokens + w * kLanes);
+      }
+    }
+  }
+
+ private:
+  const float* panel_;
+  Vec sums_[kRows][kWidth];
+};
+
+// Tokens x [tokens, features] -> panel [features, kTokens]; feature f goes to row target[f]. Missing tokens become zeros.
+template <int64_t kTokens, typename T>
+void pack_panel(const T* x, int64_t features, int64_t tokens, const int32_t* target, float* panel) {
+  for (int64_t t = 0; t < kTokens; t += kLanes) {
+    for (int64_t f = 0; f < features; f += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, features - f);
+      Vec square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const T* source = x + (t + i) * features + f;
+        square[i] = t + i >= tokens ? Vec{} : width == kLanes ? load(source) : load_some(source, width);
+      }
+      transpose(square);
+      for (int64_t i = 0; i < width; ++i) {
+        store(square[i], panel + (target != nullptr ? target[f + i] : f + i) * kTokens + t);
+      }
+    }
+  }
+}
+
+template <typename T>
+struct PanelOutput {
+  T* y;
+  int64_t features;
+  const float* bias;           // in the final order
+  const int32_t* permutation;  // y[j] = sums[permutation[j]], or nullptr
+  const int32_t* inverse;      // set where workers share the outputs of a token
+
+  // sums [features, kTokens] -> y [tokens, features], from token `first` on.
+  template <int64_t kTokens>
+  void finish(int64_t first, int64_t tokens, const float* sums) const {
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      for (int64_t j = 0; j < features; j += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, features - j);
+        const Vec shift = bias == nullptr ? Vec{} : width == kLanes ? load(bias + j) : load_some(bias + j, width);
+        Vec square[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const int64_t k = std::min(j + i, features - 1);
+          square[i] = load(sums + (permutation != nullptr ? permutation[k] : k) * kTokens + t);
+        }
+        transpose(square);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, tokens - t); ++i) {
+          T* target = y + (first + t + i) * features + j;
+          if (width == kLanes) {
+            store(square[i] + shift, target);
+          } else {
+            store_some(square[i] + shift, target, width);
+          }
+        }
+      }
+    }
+  }
+
+  // The outputs `rows` of S only; element by element, because this is for few tokens.
+  template <int64_t kTokens>
+  void finish_part(int64_t first, int64_t tokens, const float* sums, Range rows) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const int64_t j = inverse != nullptr ? inverse[i] : i;
+        y[(first + t) * features + j] = static_cast<T>(sums[i * kTokens + t] + (bias != nullptr ? bias[j] : 0.0f));
+      }
+    }
+  }
+};
+
+// The rows `rows` of S times a whole panel.
+template <int kWidth, typename S>
+void multiply_panel(const S& s, const float* panel, Range rows, float* sums) {
+  constexpr int64_t kTokens = kWidth * kLanes;
+  const int64_t features = kChunkBytes / (kTokens * static_cast<int64_t>(sizeof(float)));
+  const int64_t step = std::max<int64_t>(1, features / s.chunk_step()) * s.chunk_step();
+  for (int64_t begin = 0; begin < s.in_features; begin += step) {
+    s.template multiply<kWidth>(panel, {begin, std::min(begin + step, s.in_features)}, rows, sums);
+  }
+}
+
+template <int kWidth, typename T, typename S>
+void process_panel(
+    const S& s, const T* x, const int32_t* target, const PanelOutput<T>& output, int64_t first, int64_t tokens, Range rows,
+    float* panel, float* sums) {
+  constexpr int64_t kTokens = kWidth * kLanes;
+  pack_panel<kTokens>(x + first * s.in_features, s.in_features, tokens, target, panel);
+  s.template extend<kTokens>(panel);
+  multiply_panel<kWidth>(s, panel, rows, sums);
+  if (rows.size() == s.out_features) {
+    output.template finish<kTokens>(first, tokens, sums);
+  } else {
+    output.template finish_part<kTokens>(first, tokens, sums, rows);
+  }
+}
+
+inline constexpr int kWidest = 4;
+
+template <typename T, typename S>
+void row_gather(const S& s, const T* x, const int32_t* target, int64_t tokens, const PanelOutput<T>& output, int64_t parts) {
+  constexpr int64_t kTokens = kWidest * kLanes;
+  const int64_t panels = ceil_div(tokens, kTokens);
+  const int64_t rows_per_part = round_up(ceil_div(s.out_features, parts), s.row_step());
+  at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<float> panel((s.in_features + S::kExtraRows) * kTokens), sums((s.out_features + S::kExtraRows) * kTokens);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / parts * kTokens, count = std::min(kTokens, tokens - first);
+      const int64_t row = item % parts * rows_per_part;
+      const Range rows{std::min(row, s.out_features), std::min(row + rows_per_part, s.out_features)};
+      const auto process = count <= kLanes ? process_panel<1, T, S>
+          : count <= 2 * kLanes            ? process_panel<2, T, S>
+                                           : process_panel<kWidest, T, S>;
+      process(s, x, target, output, first, count, rows, panel.data(), sums.data());
+    }
+  });
+}
+
+}  // namespace padst

@@ -1,0 +1,101 @@
+// Vectors of float as wide as the target's registers, and their conversion from and to the dtypes of activations.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace padst {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+inline Vec load(const float* source) {
+  Vec v;
+  std::memcpy(&v, source, sizeof v);
+  return v;
+}
+
+inline void store(Vec v, float* target) {
+  std::memcpy(target, &v, sizeof v);
+}
+
+// One lane at a time; the compiler vectorises what it can where no instruction is named below.
+template <typename T>
+inline Vec load(const T* source) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = static_cast<float>(source[i]);
+  }
+  return v;
+}
+
+template <typename T>
+inline void store(Vec v, T* target) {
+  for (int i = 0; i < kLanes; ++i) {
+    target[i] = static_cast<T>(v[i]);
+  }
+}
+
+#if defined(__AVX512F__)
+
+template <>
+inline Vec load<c10::BFloat16>(const c10::BFloat16* source) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+template <>
+inline Vec load<c10::Half>(const c10::Half* source) {
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+}
+
+template <>
+inline void store<c10::Half>(Vec v, c10::Half* target) {
+  const __m256i bits = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), bits);
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+template <>
+inline void store<c10::BFloat16>(Vec v, c10::BFloat16* target) {
+  const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), bits);
+}
+
+#endif
+
+// The first `count` < kLanes lanes; the others are zero.
+template <typename T>
+inline Vec load_some(const T* source, int64_t count) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    lanes[i] = static_cast<float>(source[i]);
+  }
+  return load(lanes);
+}
+
+template <typename T>
+inline void store_some(Vec v, T* target, int64_t count) {
+  T lanes[kLanes];
+  store(v, lanes);
+  std::memcpy(target, lanes, count * sizeof(T));
+}
+
+}  // namespace padst

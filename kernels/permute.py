@@ -1,0 +1,39 @@
+"""`padst::permute`: reorder the last axis, the op that passes compose, cancel, fold and fuse."""
+
+from __future__ import annotations
+
+import torch
+
+from padst_compile.permutation import inverse
+
+
+@torch.library.custom_op("padst::permute", mutates_args=())
+def permute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Reorder the last axis: `out[..., i] = x[..., indices[i]]`.
+
+    Args:
+        x: `[..., features]`, any dtype.
+        indices: integer `[features]`, a permutation of `range(features)`.
+
+    Returns:
+        A new contiguous tensor of `x`'s shape and dtype.
+    """
+    return x.index_select(-1, indices).contiguous()
+
+
+@permute.register_fake
+def _permute_fake(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    torch._check(x.shape[-1] == indices.shape[0], lambda: f"{indices.shape[0]} indices permute {x.shape[-1]} features")
+    return x.new_empty(x.shape)
+
+
+def _save_indices(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _permute_backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    (indices,) = ctx.saved_tensors  # type: ignore[attr-defined]  # set by save_for_backward
+    return torch.ops.padst.permute(grad, inverse(indices)), None
+
+
+permute.register_autograd(_permute_backward, setup_context=_save_indices)
