@@ -1,0 +1,1 @@
+"""Measuring alternatives and remembering what won."""
