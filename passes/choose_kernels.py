@@ -1,0 +1,222 @@
+"""structured_linear(x, S, …)  ==  native kernel of S   or   F.linear(x, dense(S), b)
+
+Lowers every structured product to the fastest thing that computes it here. In inference the native op is called directly,
+and the dense weight of a layer that stays dense, its permutations folded in, is made once. While training the op keeps
+its gradients, so only the choice between sparse and dense is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from padst_compile.autotune.kernel_choice import Kernel, KernelChoice, LayerProblem, choose_kernel, token_bucket
+from padst_compile.kernels import dispatch
+from padst_compile.passes.base import RewriteRule
+from padst_compile.passes.context import Context
+from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name
+from padst_compile.passes.index_nodes import invert, select
+from padst_compile.structures import Shape, Structure, Unstructured, parse
+
+Policy: TypeAlias = Literal["measure", "sparse", "dense"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDecision:
+    """What became of one structured product of the graph."""
+
+    layer: str
+    shape: Shape
+    structure: str
+    active: int
+    tokens: int
+    dtype: str
+    fused: tuple[str, ...]
+    choice: KernelChoice
+
+
+class ChooseKernels(RewriteRule):
+    """Lowers structured products; `decisions` tells what was chosen for each.
+
+    Args:
+        policy: "measure" takes the faster of sparse and dense; "sparse" and "dense" do not ask.
+    """
+
+    def __init__(self, policy: Policy = "measure") -> None:
+        self.policy = policy
+        self.decisions: list[LayerDecision] = []
+
+    def uuid(self) -> str:
+        """The rule's identity, with its policy."""
+        return f"{super().uuid()}-{self.policy}"
+
+    def matches(self, node: fx.Node) -> bool:
+        """Any structured product."""
+        return is_call(node, STRUCTURED_LINEAR)
+
+    def why_not(self, node: fx.Node, facts: Context) -> str | None:
+        """The dtype and the weights must be known to choose anything."""
+        if fake(node) is None or fake(argument(node, "x")) is None:
+            return "capture recorded no shapes"
+        known = facts.is_static(argument(node, "values")) and all(map(facts.is_static, argument(node, "topology")))
+        return None if known else "the weights are computed from the inputs"
+
+    def rewrite(self, node: fx.Node, facts: Context) -> None:
+        """Decide, then rewrite."""
+        call = _Call(node, facts)
+        choice = self._choose(call)
+        self.decisions.append(call.decision(choice))
+        if choice.kernel == "dense":
+            _lower_to_dense(call)
+        elif facts.inference and choice.kernel == "native":
+            _lower_to_native(call)
+
+    def _choose(self, call: _Call) -> KernelChoice:
+        if isinstance(call.structure, Unstructured):
+            return KernelChoice("dense", "unstructured sparsity has no kernel that beats dense; it is the accuracy baseline")
+        sparse: Kernel = "native" if dispatch.has_native_kernel(call.structure, call.device, call.dtype) else "aten"
+        if self.policy == "dense":
+            return KernelChoice("dense", "asked for by options={'kernels': 'dense'}")
+        if self.policy == "sparse":
+            return KernelChoice(sparse, "asked for by options={'kernels': 'sparse'}")
+        return choose_kernel(call.problem(sparse), call.candidates())
+
+
+class _Call:
+    """One structured product: what it is called with, and what follows from it."""
+
+    def __init__(self, node: fx.Node, facts: Context) -> None:
+        self.node, self.facts = node, facts
+        self.structure: Structure = parse(argument(node, "structure"))
+        result, x = fake(node), fake(argument(node, "x"))
+        assert result is not None
+        assert x is not None
+        self.dtype, self.device = result.dtype, result.device
+        self.tokens = token_bucket(_hint(x.shape[:-1]))
+        self.shape = Shape(argument(node, "out_features"), int(x.shape[-1]))
+
+    def static(self, name: str) -> torch.Tensor | None:
+        """The present value of an argument, in the product's dtype where it is floating."""
+        node = argument(self.node, name)
+        if node is None or not self.facts.is_static(node):
+            return None
+        value = self.facts.value(node)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def problem(self, sparse_kernel: Kernel) -> LayerProblem:
+        tables = [side for side, name in _SIDES if argument(self.node, name) is not None]
+        return LayerProblem(
+            argument(self.node, "structure"), self.shape.in_features, self.shape.out_features, self._stored(), self.tokens,
+            str(self.dtype).removeprefix("torch."), "+".join(tables), not self.facts.inference, self.device.type, sparse_kernel,
+        )  # fmt: skip
+
+    def candidates(self) -> dict[str, Callable[[], Any]]:
+        """The product on random activations, sparse and dense, with the backward pass while training."""
+        values, topology = self.static("values"), [self.facts.value(index) for index in argument(self.node, "topology")]
+        assert values is not None
+        training = not self.facts.inference
+        x = torch.randn(self.tokens, self.shape.in_features, device=self.device).to(self.dtype).requires_grad_(training)
+        weight = parse(argument(self.node, "structure")).unpack(values, tuple(topology), self.shape)
+        values, weight = values.clone().requires_grad_(training), weight.requires_grad_(training)
+        bias, tables = self.static("bias"), [self.static(name) for _, name in _SIDES]
+        size, name = self.shape.out_features, argument(self.node, "structure")
+
+        def run(product: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+            def once() -> None:
+                with torch.set_grad_enabled(training):
+                    y = product()
+                if training:
+                    y.backward(torch.ones_like(y))
+
+            return once
+
+        return {
+            "sparse": run(lambda: STRUCTURED_LINEAR(x, values, topology, bias, *tables, size, name)),
+            "dense": run(lambda: F.linear(x, weight, bias)),
+        }
+
+    def decision(self, choice: KernelChoice) -> LayerDecision:
+        fused = tuple(name for _, name in _SIDES if argument(self.node, name) is not None)
+        bias = ("bias",) if argument(self.node, "bias") is not None else ()
+        return LayerDecision(
+            layer_name(self.node), self.shape, argument(self.node, "structure"), self._active(), self.tokens,
+            str(self.dtype).removeprefix("torch."), bias + fused, choice,
+        )  # fmt: skip
+
+    def _stored(self) -> int:
+        return self.facts.value(argument(self.node, "values")).numel()
+
+    def _active(self) -> int:
+        topology = tuple(self.facts.value(index).cpu() for index in argument(self.node, "topology"))
+        ones = torch.ones(self.shape.out_features, self.shape.in_features)
+        return int(self.structure.pack(ones, topology).count_nonzero())
+
+
+_UNKNOWN_ROWS = 128  # stands for a size that depends on data
+_SIDES = (("in", "input_permutation"), ("out", "output_permutation"))
+
+
+def _lower_to_native(call: _Call) -> None:
+    node, graph = call.node, call.node.graph
+    names = ("x", "values", "bias")
+    with graph.inserting_before(node):
+        x, values, bias = (_cast(call, argument(node, name)) for name in names)
+        native = graph.call_function(
+            dispatch.native_op(call.structure),
+            (
+                x, values, *argument(node, "topology"), bias, argument(node, "input_permutation"),
+                argument(node, "output_permutation"), argument(node, "out_features"), *dispatch.native_sizes(call.structure),
+            ),
+        )  # fmt: skip
+    native.meta = dict(node.meta)
+    node.replace_all_uses_with(native)
+    graph.erase_node(node)
+
+
+def _lower_to_dense(call: _Call) -> None:
+    """`F.linear` with the dense weight; its permutations become the order of the weight's columns and rows."""
+    node, graph = call.node, call.node.graph
+    x, bias = argument(node, "x"), argument(node, "bias")
+    in_table, out_table = argument(node, "input_permutation"), argument(node, "output_permutation")
+    with graph.inserting_before(node):
+        weight = call.facts.hoist(
+            graph.call_function(
+                TO_DENSE,
+                (argument(node, "values"), argument(node, "topology"), call.shape.out_features, call.shape.in_features,
+                 argument(node, "structure")),
+            )
+        )  # fmt: skip
+        if in_table is not None:
+            weight = call.facts.hoist(select(graph, weight, call.facts.hoist(invert(graph, in_table)), axis=1))
+        if out_table is not None:
+            weight = call.facts.hoist(select(graph, weight, out_table, axis=0))
+        dense = graph.call_function(F.linear, (x, weight, bias))
+    dense.meta = dict(node.meta)
+    node.replace_all_uses_with(dense)
+    graph.erase_node(node)
+
+
+def _cast(call: _Call, node: Any) -> Any:
+    """`node` in the product's dtype: what autocast does to the op before lowering, and nothing elsewhere."""
+    if not isinstance(node, fx.Node):
+        return node
+    known = fake(node)
+    dtype = known.dtype if known is not None else call.facts.value(node).dtype
+    if dtype == call.dtype:
+        return node
+    cast = node.graph.call_function(torch.ops.aten.to.dtype, (node, call.dtype))
+    return call.facts.hoist(cast)
+
+
+def _hint(sizes: Any) -> int:
+    """The number of rows that capture saw, symbolic or not."""
+    rows = 1
+    for size in sizes:
+        hint = size.node.hint if isinstance(size, torch.SymInt) else int(size)
+        rows *= _UNKNOWN_ROWS if hint is None else hint
+    return int(rows)

@@ -1,0 +1,42 @@
+"""linear(permute(x, p), S, input_permutation=q)  ==  linear(x, S, input_permutation=p[q])
+
+The kernels read their tokens tile by tile and apply the table while they copy a tile: the gather costs no pass over
+memory of its own. Needs no values, so it holds while training.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from padst_compile.passes.base import RewriteRule
+from padst_compile.passes.context import Context
+from padst_compile.passes.graph import PERMUTE, STRUCTURED_LINEAR, argument, is_call, obstacle_between, set_arguments
+from padst_compile.passes.index_nodes import compose
+
+
+class FuseInputPermutation(RewriteRule):
+    """Moves a permutation into the load of the structured product that reads it."""
+
+    effect = "fused"
+
+    def matches(self, node: fx.Node) -> bool:
+        """A structured product of a permuted input."""
+        return is_call(node, STRUCTURED_LINEAR) and is_call(node.args[0], PERMUTE)
+
+    def why_not(self, node: fx.Node, facts: Context) -> str | None:
+        """The input is read later than before, so nothing may write to it in between."""
+        permute = node.args[0]
+        assert isinstance(permute, fx.Node)
+        obstacle = obstacle_between(permute, node)
+        return None if obstacle is None else f"{obstacle} between the permutation and the product"
+
+    def rewrite(self, node: fx.Node, facts: Context) -> None:
+        """Hand the table to the product."""
+        permute = node.args[0]
+        assert isinstance(permute, fx.Node)
+        x, table = permute.args
+        own = argument(node, "input_permutation")
+        if own is not None:
+            with node.graph.inserting_before(node):
+                table = facts.hoist(compose(node.graph, table, own))
+        set_arguments(node, x=x, input_permutation=table)
