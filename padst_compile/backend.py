@@ -1,0 +1,133 @@
+"""The torch.compile backend `padst`: our passes, then Inductor.
+
+Listed under the entry point group `torch_dynamo_backends`, so `torch.compile(model, backend="padst")` needs no import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+
+from padst_compile.options import Options, read_options
+from padst_compile.passes.context import Context, static_tensors
+from padst_compile.passes.hoist_constants import evaluate, hoist_constants
+from padst_compile.passes.pipeline import Pipeline, PipelineReport
+from padst_compile.specialization import Program, Specialization
+
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """One graph that the backend was given, and what the passes did to it."""
+
+    graph: fx.GraphModule
+    report: PipelineReport
+    inference: bool
+
+
+def padst(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one captured graph.
+
+    Args:
+        gm: the graph from Dynamo.
+        example_inputs: its inputs: tensors, parameters and symbolic sizes.
+        mode: an Inductor mode ("default", "reduce-overhead", "max-autotune", …).
+        options: see `padst_compile.options.Options`, and every option of Inductor.
+
+    Raises:
+        UnknownOptionError, InvalidOptionError: options that mean nothing; raised before anything is compiled.
+    """
+    chosen = read_options(mode, options)
+    compiler = cast("Compiler", functools.partial(compile_fx, config_patches=dict(chosen.inductor)))
+    if not _has_sparse_ops(gm):
+        return compiler(gm, list(example_inputs))
+    compiled, _ = compile_graph(gm, example_inputs, chosen, compiler)
+    return compiled
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, compiler: Compiler
+) -> tuple[Callable[..., Any], Compilation]:
+    """Run the passes on a captured graph and hand the result to `compiler`.
+
+    Args:
+        gm: the graph from Dynamo; left as it is.
+        example_inputs: its inputs.
+        options: validated options.
+        compiler: turns a graph and its inputs into a callable; Inductor, but for `explain`.
+    """
+    dump = None if options.dump is None else Path(options.dump)
+    pipeline = Pipeline(kernels=options.kernels, disabled=options.disable, dump=dump)
+    inputs = list(example_inputs)
+    inference = not _takes_gradients(gm, inputs)
+    facts = Context(_copy(gm), static_tensors(gm.graph, inputs), inference)
+    report = pipeline.run(facts)
+    compilation = Compilation(facts.module, report, inference)
+    if not inference:
+        return compiler(facts.module, inputs), compilation
+    program = _specialize(facts, inputs, compiler)
+    general = functools.partial(_general_program, gm, options, compiler)
+    return Specialization(program, inputs, general), compilation
+
+
+def _takes_gradients(gm: fx.GraphModule, inputs: list[Any]) -> bool:
+    """Whether anything computed by the graph may be differentiated: gradients are on, or the graph switches them on."""
+    switched_on = any(node.target is torch._C._set_grad_enabled and node.args[0] for node in gm.graph.nodes)
+    tensors = [*inputs, *gm.parameters()]
+    wanted = any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors)
+    return wanted and (torch.is_grad_enabled() or switched_on)
+
+
+def _specialize(facts: Context, inputs: list[Any], compiler: Compiler) -> Program:
+    split = hoist_constants(facts)
+
+    def prepare(args: Sequence[Any]) -> list[torch.Tensor]:
+        return evaluate(split.prepare, [args[i] for i in split.sources])
+
+    def relied_on(args: Sequence[Any]) -> list[torch.Tensor]:
+        return evaluate(split.relied_on, [args[i] for i in split.relied_sources])
+
+    constants = prepare(inputs)
+    compiled = compiler(split.main, [*inputs, *constants])
+    watched = tuple(sorted({*split.sources, *split.relied_sources}))
+    return Program(compiled, watched, prepare, constants, relied_on, split.expected, split.attributes)
+
+
+def _general_program(gm: fx.GraphModule, options: Options, compiler: Compiler) -> Callable[..., Any]:
+    """The captured graph after those passes that rely on no value, compiled for any values and sizes."""
+    module = _copy(gm)
+    Pipeline(kernels=None, disabled=options.disable).run(Context(module, {}, inference=False))
+    return torch.compile(module, backend=lambda graph, inputs: compiler(graph, list(inputs)))
+
+
+def _has_sparse_ops(gm: fx.GraphModule) -> bool:
+    return any(isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "padst" for node in gm.graph.nodes)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module over a copy of the graph, with what Dynamo attached for AOTAutograd."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # read by AOTAutograd
+    module = fx.GraphModule(gm, graph)
+    module.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        module._param_name_to_source = gm._param_name_to_source
+    return module

@@ -1,0 +1,83 @@
+"""What `torch.compile(backend="padst", options=…, mode=…)` accepts, checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch._inductor
+
+from padst_compile.errors import InvalidOptionError, UnknownFieldError, UnknownOptionError
+from padst_compile.passes.choose_kernels import Policy
+from padst_compile.passes.pipeline import RULES
+
+_OWN = ("kernels", "disable", "dump")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the backend.
+
+    Args:
+        kernels: "measure" runs each sparse layer on the faster of sparse kernel and dense product; "sparse" and "dense"
+            force one.
+        disable: names of passes to leave out.
+        dump: folder for the graph before and after every pass; `PADST_DUMP` sets it too.
+        inductor: settings handed on to Inductor.
+    """
+
+    kernels: Policy = "measure"
+    disable: tuple[str, ...] = ()
+    dump: str | None = None
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+
+def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """Validate what torch.compile hands over.
+
+    Raises:
+        UnknownOptionError: an option that neither this package nor Inductor has.
+        InvalidOptionError: a value that an option does not take, or an unknown mode.
+    """
+    own = dict(options or {})
+    inductor = _mode_settings(mode)
+    known = _inductor_options()
+    for name in [name for name in own if name not in _OWN]:
+        if name.replace("-", "_") not in known:
+            raise UnknownOptionError(name, [*_OWN, *known])
+        inductor[name.replace("-", "_")] = own.pop(name)
+    kernels = own.get("kernels", "measure")
+    if kernels not in get_args(Policy):
+        raise InvalidOptionError(f"options['kernels'] is one of {', '.join(get_args(Policy))}, got {kernels!r}")
+    dump = own.get("dump") or os.environ.get("PADST_DUMP") or None
+    if dump is not None and not isinstance(dump, (str, os.PathLike)):
+        raise InvalidOptionError(f"options['dump'] is a folder, got {dump!r}")
+    folder = None if dump is None else str(Path(dump))
+    return Options(kernels, _disabled(own.get("disable", ())), folder, tuple(inductor.items()))
+
+
+def _disabled(names: Any) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)):
+        raise InvalidOptionError(f"options['disable'] is a list of pass names, got {names!r}")
+    known = [rule.__name__ for rule in RULES]
+    for name in names:
+        if name not in known:
+            raise UnknownFieldError("pass in options['disable']:", str(name), known)
+    return tuple(names)
+
+
+def _mode_settings(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise InvalidOptionError(f"unknown mode {mode!r}; choose from default, {', '.join(sorted(modes))}")
+    return dict(modes[mode])
+
+
+def _inductor_options() -> set[str]:
+    return set(torch._inductor.list_options())
