@@ -1,0 +1,1 @@
+"""Measuring real models and layers, sparse beside dense, in one run."""

@@ -1,0 +1,193 @@
+"""The `padst` command: demo, explain, bench, doctor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from padst_compile.autotune.cache import cache_folder
+from padst_compile.benchmarking.models import ModelCase, build_model
+from padst_compile.benchmarking.report import comparison_table, write_json, write_results
+from padst_compile.benchmarking.run import Comparison, Settings, compare
+from padst_compile.conversion import sparsify
+from padst_compile.doctor import examine
+from padst_compile.errors import PadstError, UnknownFieldError
+from padst_compile.explain import explain as explain_model
+from padst_compile.spec import SparsitySpec
+from padst_compile.structures import parse
+
+app = typer.Typer(
+    help="Permuted structured-sparse linear layers for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DEMO_MODELS = ("timm:vit_base_patch16_224", "hf:gpt2")
+
+ModelName = Annotated[
+    str, typer.Argument(help="timm:NAME, hf:TYPE[,key=value…] or linear:IN:OUT; built from its configuration")
+]
+StructureName = Annotated[
+    str, typer.Option(help="block:64, block:32x64, nm:1:10, nm:1:10:8, diagonal, diagonal:16, unstructured")
+]
+Sparsity = Annotated[float | None, typer.Option(help="fraction of zeros; N:M has its own")]
+PermutationName = Annotated[str, typer.Option(help="none, random or learned")]
+Side = Annotated[str, typer.Option(help="input, output or smaller")]
+Batch = Annotated[int, typer.Option(min=1, help="images or sequences")]
+Tokens = Annotated[int, typer.Option(min=1, help="length of a sequence; rows for linear:")]
+DtypeName = Annotated[str, typer.Option(help=", ".join(_DTYPES))]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="write the result here")]
+Repetitions = Annotated[int, typer.Option(min=1, help="timed calls of each candidate")]
+
+
+@app.command()
+def demo(
+    repetitions: Repetitions = 9,
+    threads: Threads = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Sparsify ViT-B/16 and GPT-2 small, compile, check against float64, and time them beside dense."""
+    with _errors():
+        _set_threads(threads)
+        spec = SparsitySpec(structure=parse("block:64"), sparsity=0.9, permutation="random")
+        settings = Settings(repetitions=repetitions)
+        comparisons = [_compare(build_model(name), spec, settings) for name in _DEMO_MODELS]
+    path = write_results(comparisons, json_path or cache_folder() / "demo.json")
+    _report(comparisons, "sparse beside dense, same process, interleaved medians", path)
+
+
+@app.command()
+def bench(
+    model: ModelName,
+    structure: StructureName = "block:64",
+    sparsity: Sparsity = None,
+    permutation: PermutationName = "none",
+    side: Side = "input",
+    batch: Batch = 1,
+    tokens: Tokens = 256,
+    dtype: DtypeName = "float32",
+    threads: Threads = None,
+    repetitions: Repetitions = 15,
+    compare_with: Annotated[str, typer.Option("--compare", help="none: also time the model without permutations")] = "",
+    json_path: JsonPath = None,
+) -> None:
+    """Time a sparse model beside the same dense model at its best (torch.compile default and freezing)."""
+    with _errors():
+        if compare_with not in ("", "none"):
+            raise UnknownFieldError("value of --compare", compare_with, ("none",))
+        _set_threads(threads)
+        spec = _spec(structure, sparsity, permutation, side)
+        settings = Settings(_dtype(dtype), batch, repetitions, unpermuted=compare_with == "none")
+        comparisons = [_compare(build_model(model, batch=batch, tokens=tokens), spec, settings)]
+    path = write_results(comparisons, json_path) if json_path is not None else None
+    _report(comparisons, "medians of interleaved calls", path)
+
+
+@app.command()
+def explain(
+    model: ModelName,
+    structure: StructureName = "block:64",
+    sparsity: Sparsity = None,
+    permutation: PermutationName = "random",
+    side: Side = "input",
+    batch: Batch = 1,
+    tokens: Tokens = 256,
+    dtype: DtypeName = "float32",
+    threads: Threads = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Say what the compiler does with each layer and each permutation of a model, and why."""
+    console = Console()
+    with _errors():
+        _set_threads(threads)
+        case = build_model(model, batch=batch, tokens=tokens)
+        sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side))
+        with console.status(f"{model}: capturing and running the passes"), torch.no_grad():
+            explanation = explain_model(sparse, *case.inputs_as(_dtype(dtype)), **case.kwargs)
+    explanation.render(console)
+    if json_path is not None:
+        console.print(f"written to {write_json(explanation.to_dict(), json_path)}")
+
+
+@app.command()
+def doctor(json_path: JsonPath = None) -> None:
+    """Report what this machine can do, and what to install for the rest."""
+    console = Console()
+    with console.status("looking around; the first time builds the native kernels"):
+        findings = examine()
+    table = Table(title="padst doctor", title_justify="left")
+    for column in ("topic", "status", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    colours = {"ok": "green", "missing": "yellow", "note": "white"}
+    for finding in findings:
+        colour = colours[finding.status]
+        table.add_row(finding.topic, f"[{colour}]{finding.status}[/{colour}]", finding.detail, finding.fix)
+    console.print(table)
+    if json_path is not None:
+        console.print(f"written to {write_json([finding.to_dict() for finding in findings], json_path)}")
+
+
+def _compare(case: ModelCase, spec: SparsitySpec, settings: Settings) -> Comparison:
+    console = Console(stderr=True)
+    with console.status(case.name) as status:
+
+        def progress(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                console.print(text)
+
+        return compare(case, spec, settings, progress)
+
+
+def _report(comparisons: list[Comparison], title: str, path: Path | None) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(comparison_table(comparisons, title))
+    for note in dict.fromkeys(c.note for c in comparisons if c.note):
+        console.print(note)
+    if path is not None:
+        console.print(f"written to {path}", soft_wrap=True)
+    wrong = [c.model for c in comparisons if not c.check.passed]
+    if wrong:
+        console.print(f"[red]outputs differ from the reference: {', '.join(wrong)}[/red]")
+        raise typer.Exit(1)
+
+
+def _spec(structure: str, sparsity: float | None, permutation: str, side: str) -> SparsitySpec:
+    chosen = parse(structure)
+    if sparsity is None and chosen.natural_sparsity() is None:
+        sparsity = 0.9
+    fields: dict[str, Any] = {"permutation": permutation, "permutation_side": side}
+    return SparsitySpec(structure=chosen, sparsity=sparsity, **fields)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise UnknownFieldError("dtype", name, _DTYPES)
+    return _DTYPES[name]
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Our own errors are the user's: one line on stderr and exit status 2, without a traceback."""
+    try:
+        yield
+    except PadstError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()
