@@ -1,0 +1,84 @@
+"""Writes the figures of README.md from the recorded results, so that no number there was typed.
+
+python benchmarks/figures.py            rewrite the block between the markers
+python benchmarks/figures.py --check    exit 1 if the block is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from padst_compile.structures import structure_from_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
+SECTIONS = (("Models", "cpu-models.json"), ("Layers", "cpu-layers.json"))
+
+
+def render() -> str:
+    """The Markdown between the markers."""
+    parts = []
+    for title, name in SECTIONS:
+        path = RESULTS / name
+        if path.exists():
+            parts.append(_section(title, json.loads(path.read_text()), path.relative_to(ROOT)))
+    return "\n".join(parts)
+
+
+def _section(title: str, data: dict[str, Any], source: Path) -> str:
+    machine = data["machine"]
+    extra = ", ".join(filter(None, [machine["vector"], "AMX" if machine["amx"] else ""]))
+    heading = (
+        f"**{title}** ({machine['cpu']}, {extra}; {machine['threads']} thread; torch {machine['torch']}; median milliseconds "
+        f"of one call; from `{source}`)"
+    )
+    columns = (
+        "| | sparse as | dense, default | dense, freezing | sparse, random permutations | sparse, no permutation "
+        "| random against best dense | none against best dense |"
+    )
+    lines = [
+        heading,
+        "",
+        columns,
+        "|-|-|-:|-:|-:|-:|-:|-:|",
+        *(_row(comparison) for comparison in data["comparisons"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(c: dict[str, Any]) -> str:
+    ms = c["milliseconds"]
+    best = min(ms["dense default"], ms["dense freezing"])
+    plain = ms["padst, no permutation"]
+    sizes = f"{c['dtype']}, batch {c['batch']}" + (f", {c['tokens']} tokens" if c["tokens"] else "")
+    structure = structure_from_dict(c["spec"]["structure"]).to_string()
+    return (
+        f"| {c['model']} ({sizes}) | {structure}, {100 * c['spec']['sparsity']:.0f} % | {ms['dense default']:.2f} "
+        f"| {ms['dense freezing']:.2f} | {ms['padst']:.2f} | {plain:.2f} | {best / ms['padst']:.2f}x | {best / plain:.2f}x |"
+    )
+
+
+def main() -> int:
+    """Rewrite or check README.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md differs")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    wanted = before + START + render() + END + after
+    if arguments.check:
+        return int(wanted != text)
+    README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
