@@ -1,0 +1,44 @@
+"""Set-up that every test shares: Hypothesis profiles, a cache folder of the checkout's own, fresh compiler state."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+# Without a deadline, because a first call may compile; without a database, so that a run depends on the code alone.
+_COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("dev", max_examples=50, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=200, derandomize=True, print_blob=True, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# Native builds are kept between runs, but neither read from nor written to the user's own cache.
+os.environ.setdefault("PADST_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "padst_compile"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler_state() -> Iterator[None]:
+    """Forget what Dynamo compiled in a test, so that no test meets the recompilation limit of another."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """NaN in whatever `torch.empty` and `at::empty` return, so that a kernel that leaves an output unwritten shows."""
+    import torch
+
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling

@@ -1,0 +1,83 @@
+"""The parts of the benchmark that must not lie."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import padst_compile as padst
+from padst_compile.autotune.measure import interleaved_samples
+from padst_compile.benchmarking.check import check_compiled
+from padst_compile.benchmarking.models import ModelCase, build_model, first_tensor
+from padst_compile.benchmarking.run import DENSE_DEFAULT, DENSE_FREEZING, SPARSE, Settings, compare
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_case() -> ModelCase:
+    return build_model("linear:64:48", tokens=8)
+
+
+def small_spec(permutation: str = "random") -> padst.SparsitySpec:
+    return padst.SparsitySpec(structure="block:16", sparsity=0.5, permutation=permutation)
+
+
+def test_candidates_take_turns() -> None:
+    calls: list[str] = []
+    samples = interleaved_samples({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repetitions=2, warmup=1)
+    assert calls == ["a", "b"] * 3
+    assert [len(times) for times in samples.values()] == [2, 2]
+
+
+def test_each_candidate_is_compiled_for_itself() -> None:
+    """Dynamo must not hand one candidate the program of another: freezing would then measure the default."""
+    before = counters["stats"]["unique_graphs"]
+    compare(small_case(), small_spec(), Settings(repetitions=1))
+    assert counters["stats"]["unique_graphs"] - before == 3
+
+
+def test_a_comparison_has_all_candidates_and_passes() -> None:
+    comparison = compare(small_case(), small_spec(), Settings(repetitions=1))
+    assert set(comparison.milliseconds) == {DENSE_DEFAULT, DENSE_FREEZING, SPARSE}
+    assert comparison.check.passed
+    assert 0 < comparison.bytes_ratio < 1
+
+
+@pytest.mark.parametrize("damage", [0.01, float("nan")])
+def test_the_check_fails_for_a_wrong_output(damage: float) -> None:
+    case = small_case()
+    sparse = padst.sparsify(build_model("linear:64:48", tokens=8).model, small_spec())
+    with torch.no_grad():
+        output = sparse(*case.args).clone()
+    assert check_compiled(case, sparse, output, torch.float32).passed
+    output[0, 0] += damage
+    assert not check_compiled(case, sparse, output, torch.float32).passed
+
+
+def test_a_zero_head_is_filled_so_that_errors_before_it_show() -> None:
+    model = build_model("timm:mixer_s32_224").model
+    assert isinstance(model.head, nn.Linear)
+    assert model.head.weight.any()
+
+
+def test_models_are_the_same_for_the_same_seed() -> None:
+    first, second = build_model("linear:16:16"), build_model("linear:16:16")
+    assert torch.equal(first.args[0], second.args[0])
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+
+
+def test_the_output_of_a_language_model_is_its_logits() -> None:
+    case = build_model("hf:gpt2,n_layer=1,n_embd=32,n_head=2,vocab_size=101,n_positions=64", batch=2, tokens=8)
+    with torch.no_grad():
+        assert first_tensor(case.model(*case.args, **case.kwargs)).shape == (2, 1, 101)
+
+
+def test_the_figures_in_the_readme_are_those_of_the_recorded_results() -> None:
+    result = subprocess.run([sys.executable, ROOT / "benchmarks" / "figures.py", "--check"], cwd=ROOT, check=False)
+    assert result.returncode == 0, "run python benchmarks/figures.py"

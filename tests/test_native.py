@@ -1,0 +1,448 @@
+"""The C++ kernels against float64 references, and the loader that builds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from padst_compile.kernels import native
+from padst_compile.structures.base import Shape, Structure, Topology
+from padst_compile.structures.block import Block
+from padst_compile.structures.diagonal import Diagonal
+from padst_compile.structures.nm import NM
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRUCTURES: tuple[Structure, ...] = (
+    Block(64),
+    Block((5, 7)),
+    Block((32, 16)),
+    NM(1, 10),
+    NM(2, 7),
+    NM(2, 4, vector=6),
+    Diagonal(),
+)
+SHAPES = (
+    Shape(96, 64),
+    Shape(64, 96),
+    Shape(70, 70),
+    Shape(33, 131),
+    Shape(131, 33),
+    Shape(7, 300),
+    Shape(300, 7),
+    Shape(301, 300),
+)
+
+needs_native = pytest.mark.skipif(not native.load(), reason=f"no native kernels: {native.unavailable_reason()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A random sparse layer and what its native op takes."""
+
+    structure: Structure
+    shape: Shape
+    values: torch.Tensor
+    topology: Topology
+    bias: torch.Tensor | None = None
+    input_permutation: torch.Tensor | None = None
+    output_permutation: torch.Tensor | None = None
+
+    @classmethod
+    def random(cls, structure: Structure, shape: Shape, dtype: torch.dtype, sparsity: float = 0.6) -> Layer:
+        """A layer of `shape` with about `sparsity`, where the structure leaves a choice."""
+        topology = structure.choose(torch.rand(shape.out_features, shape.in_features), sparsity)
+        values = structure.pack(torch.randn(shape.out_features, shape.in_features), topology).to(dtype)
+        return cls(structure, shape, values, topology)
+
+    def with_extras(self, bias: bool, permute_in: bool, permute_out: bool) -> Layer:
+        """The same layer with a random bias and random permutations."""
+        return dataclasses.replace(
+            self,
+            bias=torch.randn(self.shape.out_features).to(self.values.dtype) if bias else None,
+            input_permutation=torch.randperm(self.shape.in_features).int() if permute_in else None,
+            output_permutation=torch.randperm(self.shape.out_features).int() if permute_out else None,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The native result."""
+        op = getattr(torch.ops.padst_native, f"{self.structure.kind}_linear")
+        sizes = (self.structure.n, self.structure.m) if isinstance(self.structure, NM) else ()
+        extras = (self.bias, self.input_permutation, self.output_permutation)
+        result: torch.Tensor = op(x, self.values, *self.topology, *extras, self.shape.out_features, *sizes)
+        return result
+
+    def check(self, x: torch.Tensor) -> None:
+        """Compares with float64, within the error bound of a float32 dot product and one rounding to the dtype.
+
+        A sum of k products in float32, in any order, is off by at most gamma(k) * sum |x_i w_i| (Higham, section 3.1).
+        """
+        weight = self.structure.unpack(self.values.double(), self.topology, self.shape)
+        wide = x.double() if self.input_permutation is None else x.double()[..., self.input_permutation.long()]
+        exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
+        if self.output_permutation is not None:
+            order = self.output_permutation.long()
+            exact, magnitude = exact[..., order], magnitude[..., order]
+        if self.bias is not None:
+            exact, magnitude = exact + self.bias.double(), magnitude + self.bias.double().abs()
+        unit = torch.finfo(torch.float32).eps / 2
+        terms = self.shape.in_features + 2
+        bound = terms * unit / (1 - terms * unit) * magnitude
+        rounding = torch.finfo(x.dtype)
+        bound = bound + (exact.abs() + bound) * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
+
+        y = self(x)
+        assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], self.shape.out_features) and y.is_contiguous()
+        excess = (y.double() - exact).abs() - bound
+        assert bool((excess <= 0).all()), f"{self.structure} {self.shape} {tuple(x.shape)}: over the bound by {excess.max()}"
+
+
+def fits(structure: Structure, shape: Shape) -> bool:
+    """Whether `structure` can be built on `shape`."""
+    try:
+        structure.check(shape, 0.6, "layer")
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills whatever `at::empty` returns with NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@needs_native
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.to_string())
+class TestAccuracy:
+    def test_permutations_sizes_and_token_counts(self, structure: Structure, dtype: torch.dtype) -> None:
+        for shape in (shape for shape in SHAPES if fits(structure, shape)):
+            layer = Layer.random(structure, shape, dtype)
+            for extras in itertools.product((False, True), repeat=3):
+                for tokens in (0, 1, 3, 17, 70):
+                    layer.with_extras(*extras).check(torch.randn(tokens, shape.in_features).to(dtype))
+
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_thread_counts(self, structure: Structure, dtype: torch.dtype, threads: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for shape, tokens in itertools.product((Shape(300, 131), Shape(131, 300)), (2, 64, 200)):
+                Layer.random(structure, shape, dtype).with_extras(True, True, True).check(
+                    torch.randn(tokens, shape.in_features).to(dtype)
+                )
+        finally:
+            torch.set_num_threads(before)
+
+    def test_streamed_outputs(self, structure: Structure, dtype: torch.dtype) -> None:
+        shape, tokens = Shape(1024, 96), 2500
+        Layer.random(structure, shape, dtype).with_extras(True, True, True).check(torch.randn(tokens, 96).to(dtype))
+
+    def test_leading_dimensions_and_strides(self, structure: Structure, dtype: torch.dtype) -> None:
+        layer = Layer.random(structure, Shape(70, 70), dtype).with_extras(True, True, True)
+        for x in (
+            torch.randn(70),
+            torch.randn(2, 3, 4, 70),
+            torch.randn(5, 0, 70),
+            torch.randn(70, 9).T,
+            torch.randn(9, 140)[:, ::2],
+        ):
+            layer.check(x.to(dtype))
+
+    def test_does_not_read_past_a_row(self, structure: Structure, dtype: torch.dtype) -> None:
+        # The last row of the buffer is followed by NaN, and NaN times a padded zero weight would show.
+        shape = Shape(70, 67)
+        buffer = torch.full((4, 67), float("nan")).to(dtype)
+        buffer[:3] = torch.randn(3, 67).to(dtype)
+        Layer.random(structure, shape, dtype).check(buffer[:3])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestBlockEdges:
+    def test_empty_block_rows_give_the_bias(self, dtype: torch.dtype) -> None:
+        structure, shape = Block(16), Shape(64, 48)
+        mask = torch.zeros(64, 48)
+        mask[16:32, :16] = 1.0
+        topology = structure.choose(mask, 11 / 12)
+        values = structure.pack(torch.randn(64, 48), topology).to(dtype)
+        layer = Layer(structure, shape, values, topology)
+        x = torch.randn(20, 48).to(dtype)
+        layer.check(x)
+        assert not layer(x)[:, 32:].any()
+        layer.with_extras(True, False, True).check(x)
+
+    def test_no_blocks_at_all(self, dtype: torch.dtype) -> None:
+        topology = (torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
+        layer = Layer(Block(16), Shape(32, 48), torch.empty(0, 16, 16, dtype=dtype), topology)
+        layer.with_extras(True, True, True).check(torch.randn(20, 48).to(dtype))
+
+    def test_padding_of_edge_blocks_is_never_used(self, dtype: torch.dtype) -> None:
+        structure, shape = Block(16), Shape(21, 23)
+        layer = Layer.random(structure, shape, dtype, sparsity=0.1)
+        clean = layer(x := torch.randn(20, 23).to(dtype))
+        block_rows, columns = structure.block_rows(layer.topology), layer.topology[1]
+        layer.values[block_rows == 1, :, 5:] = float("nan")
+        layer.values[columns == 1, 7:] = float("nan")
+        assert torch.equal(layer(x), clean)
+
+
+@needs_native
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("structure", "damage", "message"),
+        [
+            (Block(16), lambda layer: layer.topology[1].fill_(4), "columns holds an index"),
+            (Block(16), lambda layer: layer.topology[1].fill_(-1), "columns holds an index"),
+            (Block(16), lambda layer: layer.topology[0][1:-1].fill_(99), "row_pointers"),
+            (Block(16), lambda layer: layer.topology[0].add_(1), "row_pointers"),
+            (NM(1, 8), lambda layer: layer.topology[0].fill_(8), "offsets"),
+            (NM(1, 7), lambda layer: layer.topology[0][:, -1].fill_(6), "offsets"),
+            (Diagonal(), lambda layer: layer.topology[0][-1:].fill_(64), "offsets"),
+            (Diagonal(), lambda layer: layer.topology[0][:1].fill_(-1), "offsets"),
+            (Diagonal(), lambda layer: layer.topology[0].copy_(layer.topology[0].flip(0)), "offsets"),
+        ],
+    )
+    def test_bad_indices_raise(self, structure: Structure, damage: Callable[[Layer], object], message: str) -> None:
+        layer = Layer.random(structure, Shape(64, 64), torch.float32)
+        damage(layer)
+        with pytest.raises(RuntimeError, match=message):
+            layer(torch.randn(8, 64))
+
+    @pytest.mark.parametrize("structure", [Block(16), NM(1, 8), Diagonal()], ids=lambda s: s.to_string())
+    @pytest.mark.parametrize("which", ["input_permutation", "output_permutation"])
+    def test_bad_permutations_raise(self, structure: Structure, which: str) -> None:
+        layer = Layer.random(structure, Shape(64, 64), torch.float32)
+        wrong = (torch.full((64,), 64), torch.full((64,), -1), torch.arange(63), torch.arange(65), torch.arange(64)[None])
+        for table in (*(t.int() for t in wrong), torch.arange(64)):
+            with pytest.raises(RuntimeError, match=which):
+                dataclasses.replace(layer, **{which: table})(torch.randn(100, 64))
+
+    @pytest.mark.parametrize("structure", [Block(16), NM(1, 8), Diagonal()], ids=lambda s: s.to_string())
+    def test_wrong_shapes_and_dtypes_raise(self, structure: Structure) -> None:
+        layer = Layer.random(structure, Shape(64, 64), torch.float32)
+        x = torch.randn(8, 64)
+        with pytest.raises(RuntimeError, match="values"):
+            layer(x.bfloat16())
+        with pytest.raises(RuntimeError, match="bias"):
+            dataclasses.replace(layer, bias=torch.randn(63))(x)
+        with pytest.raises(RuntimeError, match="values|row_pointers|offsets"):
+            dataclasses.replace(layer, shape=Shape(40, 64))(x)
+        with pytest.raises(RuntimeError, match="values|blocks"):
+            dataclasses.replace(layer, values=layer.values[:-1])(x)
+        with pytest.raises(RuntimeError, match="Double"):
+            dataclasses.replace(layer, values=layer.values.double())(x.double())
+        with pytest.raises(RuntimeError, match="offsets|row_pointers"):
+            dataclasses.replace(layer, topology=tuple(t.long() for t in layer.topology))(x)
+
+
+@needs_native
+@pytest.mark.parametrize("structure", [Block(16), NM(1, 8), Diagonal()], ids=lambda s: s.to_string())
+class TestOperators:
+    def test_fake_agrees_with_real(self, structure: Structure) -> None:
+        layer = Layer.random(structure, Shape(48, 64), torch.bfloat16).with_extras(True, True, True)
+        op = getattr(torch.ops.padst_native, f"{structure.kind}_linear").default
+        sizes = (structure.n, structure.m) if isinstance(structure, NM) else ()
+        extras = (layer.bias, layer.input_permutation, layer.output_permutation)
+        arguments = (torch.randn(2, 5, 64).bfloat16(), layer.values, *layer.topology, *extras, 48, *sizes)
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+    def test_compiles_with_dynamic_tokens_and_strided_input(self, structure: Structure) -> None:
+        layer = Layer.random(structure, Shape(48, 64), torch.float32).with_extras(True, True, True)
+        compiled = torch.compile(lambda x: layer(x.T) + 1, dynamic=True, fullgraph=True, backend="aot_eager")
+        for tokens in (3, 50):
+            x = torch.randn(64, tokens)
+            torch.testing.assert_close(compiled(x), layer(x.T) + 1, rtol=0, atol=0)
+
+
+def run_python(code: str, cache: pathlib.Path, **environment: str) -> subprocess.Popen[str]:
+    """Starts `code` in a new interpreter that keeps its kernels in `cache`."""
+    root = pathlib.Path(__file__).parent.parent
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "PADST_CACHE_DIR": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """What a finished process printed; its errors, if it failed."""
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return printed
+
+
+REPORT = """
+import warnings, torch
+from padst_compile.kernels import native
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    answers = [native.load() for _ in range(3)]
+    supported = [native.supports(kind, torch.float32) for kind in ("block", "nm", "diagonal") for _ in range(2)]
+caught = [w for w in caught if issubclass(w.category, native.NativeKernelsUnavailable)]
+print(answers[0], len(set(answers)), supported[::2], len(caught), native.unavailable_reason(), *(w.message for w in caught), sep="|")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `REPORT` printed."""
+
+    loaded: bool
+    supported: str
+    warnings: int
+    text: str
+
+    @classmethod
+    def of(cls, process: subprocess.Popen[str]) -> Report:
+        loaded, answers, supported, warnings, text = output_of(process).strip().split("|", 4)
+        assert answers == "1"
+        return cls(loaded == "True", supported, int(warnings), text)
+
+
+def compiler(folder: pathlib.Path) -> str:
+    """The path of a C++ compiler in `folder`, which fails where COMPILER_FAILS is set."""
+    script = folder / "compiler"
+    script.write_text(
+        '#!/bin/sh\nif [ -n "$COMPILER_FAILS" ] && [ "$1" != --version ]; then\n'
+        'echo "x.cpp:1: error: out of order" >&2\nexit 1\nfi\nexec c++ "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def copy_of_library(cache: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    """The library in a copy of `cache`."""
+    shutil.copytree(cache, target, dirs_exist_ok=True)
+    (library,) = target.rglob("*.so")
+    return library
+
+
+@pytest.fixture(scope="module")
+def built_cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A cache that two processes filled at the same time."""
+    if not native.load():
+        pytest.skip("no native kernels")
+    cache = tmp_path_factory.mktemp("cache")
+    for process in [run_python(REPORT, cache, CXX=compiler(cache)) for _ in range(2)]:
+        report = Report.of(process)
+        assert report.loaded and report.warnings == 0, report
+    return cache
+
+
+class TestLoader:
+    def test_import_does_not_build(self, tmp_path: pathlib.Path) -> None:
+        output_of(run_python("import padst_compile.kernels.native", tmp_path))
+        assert not any(tmp_path.iterdir())
+
+    def test_concurrent_first_builds_leave_one_library(self, built_cache: pathlib.Path) -> None:
+        assert len(list(built_cache.rglob("*.so"))) == 1
+        assert not list(built_cache.rglob("*-build"))
+        assert (built_cache / "native").stat().st_mode & 0o777 == 0o700
+
+    def test_cached_library_needs_no_builder(self, built_cache: pathlib.Path) -> None:
+        code = "import sys; from padst_compile.kernels import native; print(native.load(), 'torch.utils.cpp_extension' in sys.modules)"
+        assert output_of(run_python(code, built_cache, CXX=compiler(built_cache))).strip() == "True False"
+
+    def test_truncated_library_is_rebuilt(self, built_cache: pathlib.Path, tmp_path: pathlib.Path) -> None:
+        library = copy_of_library(built_cache, tmp_path)
+        library.write_bytes(library.read_bytes()[:5000])
+        report = Report.of(run_python(REPORT, tmp_path, CXX=compiler(built_cache)))
+        assert report.loaded and report.warnings == 0 and library.stat().st_size > 5000
+
+    def test_library_that_does_not_load_is_reported_where_it_cannot_be_rebuilt(
+        self, built_cache: pathlib.Path, tmp_path: pathlib.Path
+    ) -> None:
+        library = copy_of_library(built_cache, tmp_path)
+        library.write_bytes(b"not a library")
+        library.with_suffix(".sha256").write_text(hashlib.sha256(b"not a library").hexdigest())
+        report = Report.of(run_python(REPORT, tmp_path, CXX=compiler(built_cache), COMPILER_FAILS="1"))
+        assert not report.loaded and report.warnings == 1 and "error: out of order" in report.text
+
+    def test_no_compiler(self, tmp_path: pathlib.Path) -> None:
+        report = Report.of(run_python(REPORT, tmp_path, CXX="/nonexistent"))
+        assert not report.loaded and report.warnings == 1
+        assert "there is no C++ compiler" in report.text and "/nonexistent" in report.text and "g++" in report.text
+
+    def test_nothing_on_path(self, tmp_path: pathlib.Path) -> None:
+        report = Report.of(run_python(REPORT, tmp_path, CXX="", PATH=str(tmp_path)))
+        assert not report.loaded and report.warnings == 1 and "there is no C++ compiler" in report.text
+
+    def test_failed_build_names_the_error(self, tmp_path: pathlib.Path) -> None:
+        report = Report.of(run_python(REPORT, tmp_path, CXX=compiler(tmp_path), COMPILER_FAILS="1"))
+        assert not report.loaded and report.warnings == 1 and "error: out of order" in report.text
+        assert not list(tmp_path.rglob("*-build"))
+
+    def test_turned_off(self, tmp_path: pathlib.Path) -> None:
+        report = Report.of(run_python(REPORT, tmp_path, PADST_NATIVE="0"))
+        assert not report.loaded and report.warnings == 1 and "PADST_NATIVE=0" in report.text
+        assert "[False, False, False]" in report.supported
+
+    def test_unusable_cache_folder(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "native").write_text("a file where the folder should be")
+        report = Report.of(run_python(REPORT, tmp_path))
+        assert not report.loaded and report.warnings == 1 and "PADST_CACHE_DIR" in report.text
+
+    def test_cache_folder_open_to_others_is_refused(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "native").mkdir()
+        (tmp_path / "native").chmod(0o777)
+        report = Report.of(run_python(REPORT, tmp_path))
+        assert not report.loaded and "written by others" in report.text
+
+    def test_without_the_micro_kernel(self, built_cache: pathlib.Path) -> None:
+        report = Report.of(run_python(REPORT, built_cache, CXX=compiler(built_cache), PADST_FORCE_NO_BRGEMM="1"))
+        assert report.loaded and report.supported == "[False, True, True]"
+        assert report.warnings == 1 and "micro-kernel" in report.text
+
+
+SCRATCH = """
+import torch, sys
+sys.path.insert(0, {tests!r})
+import test_native as t
+for structure in t.STRUCTURES:
+    for dtype in t.DTYPES:
+        for shape in (t.Shape(131, 33), t.Shape(33, 131)):
+            if t.fits(structure, shape):
+                layer = t.Layer.random(structure, shape, dtype)
+                for tokens in (1, 20, 100):
+                    layer.with_extras(True, tokens != 20, tokens != 1).check(torch.randn(tokens, shape.in_features).to(dtype))
+"""
+
+
+@pytest.mark.parametrize("instruction_set", ["default", "avx2"])
+def test_scratch_memory_does_not_leak_into_results(built_cache: pathlib.Path, instruction_set: str) -> None:
+    # glibc fills fresh memory with 0x7f: huge in float32 and bfloat16, NaN in float16. With oneDNN held to AVX2 there is no
+    # 16-bit micro-kernel, and activations are converted.
+    code = SCRATCH.format(tests=str(pathlib.Path(__file__).parent))
+    environment = {"CXX": compiler(built_cache), "MALLOC_PERTURB_": "128"}
+    if instruction_set != "default":
+        environment["ONEDNN_MAX_CPU_ISA"] = instruction_set
+    output_of(run_python(code, built_cache, **environment))
+
+
+def test_source_hash_is_stable() -> None:
+    assert native.source_hash() == native.source_hash() and len(native.source_hash()) == 16
