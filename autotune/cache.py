@@ -27,6 +27,7 @@ class JsonCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._entries: dict[str, Any] | None = None
+        self._warned = False
 
     def get(self, key: str) -> Any | None:
         """The value stored under `key`, or None."""
@@ -52,16 +53,24 @@ class JsonCache:
         try:
             data = json.loads(self.path.read_text())
             return _entries(data)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"{self.path} is unusable and will be rebuilt: {error!r}", stacklevel=2)
+            if not self._warned:
+                warnings.warn(f"{self.path} is unusable and will be rebuilt: {error!r}", stacklevel=2)
+            self._warned = True
             return {}
 
     def _write(self, entries: dict[str, Any]) -> None:
+        text = json.dumps({"version": _VERSION, "entries": entries}, indent=1, sort_keys=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"version": _VERSION, "entries": entries}, file, indent=1, sort_keys=True)
-        Path(file.name).replace(self.path)
+            try:
+                file.write(text)
+                file.flush()
+                Path(file.name).replace(self.path)
+            except BaseException:
+                Path(file.name).unlink()
+                raise
 
 
 def _entries(data: Any) -> dict[str, Any]:

@@ -78,12 +78,12 @@ def token_bucket(tokens: int) -> int:
     return 1 << (max(1, min(tokens, _MAX_TOKENS_MEASURED)) - 1).bit_length()
 
 
-def choose_kernel(problem: LayerProblem, candidates: Mapping[str, Callable[[], Any]]) -> KernelChoice:
-    """The faster of `candidates["sparse"]` and `candidates["dense"]`, from the cache or measured now."""
+def choose_kernel(problem: LayerProblem, candidates: Callable[[], Mapping[str, Callable[[], Any]]]) -> KernelChoice:
+    """The faster of "sparse" and "dense", from the cache or measured now; `candidates` makes them only for measuring."""
     cache, key = _cache(), problem.key()
     seconds = cache.get(key)
     if not _valid(seconds):
-        seconds = interleaved_medians(candidates, repetitions=_REPETITIONS)
+        seconds = interleaved_medians(candidates(), repetitions=_REPETITIONS)
         cache.put(key, seconds)
     sparse, dense = seconds["sparse"], seconds["dense"]
     ratio = dense / sparse

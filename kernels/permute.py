@@ -18,12 +18,17 @@ def permute(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     Returns:
         A new contiguous tensor of `x`'s shape and dtype.
     """
+    _check(x, indices)
     return x.index_select(-1, indices).contiguous()
+
+
+def _check(x: torch.Tensor, indices: torch.Tensor) -> None:
+    torch._check(x.shape[-1] == indices.shape[0], lambda: f"{indices.shape[0]} indices cannot permute {x.shape[-1]} features")
 
 
 @permute.register_fake
 def _permute_fake(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    torch._check(x.shape[-1] == indices.shape[0], lambda: f"{indices.shape[0]} indices permute {x.shape[-1]} features")
+    _check(x, indices)
     return x.new_empty(x.shape)
 
 

@@ -13,7 +13,9 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from padst_compile.options import Options, read_options
 from padst_compile.passes.context import Context, static_tensors
@@ -102,9 +104,20 @@ def _specialize(facts: Context, inputs: list[Any], compiler: Compiler) -> Progra
         return evaluate(split.relied_on, [args[i] for i in split.relied_sources])
 
     constants = prepare(inputs)
+    _fix_sizes(constants)
     compiled = compiler(split.main, [*inputs, *constants])
     watched = tuple(sorted({*split.sources, *split.relied_sources}))
     return Program(compiled, watched, prepare, constants, relied_on, split.expected, split.attributes)
+
+
+def _fix_sizes(constants: list[torch.Tensor]) -> None:
+    """Tell the compiler that the sizes of constants are numbers: Dynamo has no name to guard a symbol of theirs by."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None:
+        for number, constant in enumerate(constants):
+            context.tensor_to_context[constant] = StatefulSymbolicContext(
+                dynamic_sizes=[DimDynamic.STATIC] * constant.dim(), tensor_source=ConstantSource(f"padst_constant_{number}")
+            )
 
 
 def _general_program(gm: fx.GraphModule, options: Options, compiler: Compiler) -> Callable[..., Any]:

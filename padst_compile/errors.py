@@ -28,7 +28,7 @@ class SparsityMismatchError(SpecError):
 
 
 class PatternError(SpecError):
-    """A target or ignore pattern that matches no layer, or is no valid pattern."""
+    """A target pattern, or one in a mapping, that matches no layer; or any that is no valid pattern."""
 
 
 class StructureMismatchError(PadstError, ValueError):

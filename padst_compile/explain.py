@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import OptimizedModule
 from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo import OptimizedModule
 from torch._dynamo.utils import counters
 
 from padst_compile.backend import Compilation, compile_graph

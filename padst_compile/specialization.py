@@ -1,7 +1,8 @@
 """A compiled graph with constants made from parameters, and the check that keeps them true.
 
 Inference may use parameters at compile time: reordered weights, composed index tables, the knowledge that two
-permutations cancel. Every call checks, by identity and version counter, the few tensors that were used. A changed value
+permutations cancel. Every call checks the few tensors that were used: by identity and version counter, small ones by
+content too. A changed value
 makes the constants anew, in place; a changed permutation that a rewrite relied on gives the program up for one that
 relies on nothing.
 """
@@ -91,6 +92,10 @@ class Specialization:
         return None
 
 
+# Tensors up to this size are compared by content as well: index tables, biases and norm weights, in about a microsecond.
+_COMPARED_BYTES = 1 << 16
+
+
 class _Seen:
     """A tensor as it was when constants were made from it.
 
@@ -102,10 +107,14 @@ class _Seen:
         self._tensor = tensor
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._token = _token(tensor)
+        small = tensor.numel() * tensor.element_size() <= _COMPARED_BYTES
+        self._content = tensor.detach().clone() if small else None
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is the same, with the same content as far as autograd can tell."""
-        return tensor is self._tensor and _token(tensor) == self._token
+        """Whether `tensor` is the same, with the same content: for a large tensor, as far as autograd can tell."""
+        if tensor is not self._tensor or _token(tensor) != self._token:
+            return False
+        return self._content is None or torch.equal(tensor, self._content)
 
 
 def _watched(program: Program, args: Sequence[Any]) -> list[torch.Tensor]:

@@ -84,7 +84,7 @@ class ChooseKernels(RewriteRule):
             return KernelChoice("dense", "asked for by options={'kernels': 'dense'}")
         if self.policy == "sparse":
             return KernelChoice(sparse, "asked for by options={'kernels': 'sparse'}")
-        return choose_kernel(call.problem(sparse), call.candidates())
+        return choose_kernel(call.problem(sparse), call.candidates)
 
 
 class _Call:
@@ -120,7 +120,10 @@ class _Call:
         values, topology = self.static("values"), [self.facts.value(index) for index in argument(self.node, "topology")]
         assert values is not None
         training = not self.facts.inference
-        x = torch.randn(self.tokens, self.shape.in_features, device=self.device).to(self.dtype).requires_grad_(training)
+        # Its own generator: compiling must not change the random numbers that a model draws.
+        generator = torch.Generator(self.device).manual_seed(0)
+        x = torch.randn(self.tokens, self.shape.in_features, device=self.device, generator=generator)
+        x = x.to(self.dtype).requires_grad_(training)
         weight = parse(argument(self.node, "structure")).unpack(values, tuple(topology), self.shape)
         values, weight = values.clone().requires_grad_(training), weight.requires_grad_(training)
         bias, tables = self.static("bias"), [self.static(name) for _, name in _SIDES]
@@ -217,6 +220,6 @@ def _hint(sizes: Any) -> int:
     """The number of rows that capture saw, symbolic or not."""
     rows = 1
     for size in sizes:
-        hint = size.node.hint if isinstance(size, torch.SymInt) else int(size)
-        rows *= _UNKNOWN_ROWS if hint is None else hint
-    return int(rows)
+        hint = size.node.hint if isinstance(size, torch.SymInt) else size
+        rows *= _UNKNOWN_ROWS if hint is None else int(hint)
+    return rows

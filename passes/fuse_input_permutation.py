@@ -24,9 +24,12 @@ class FuseInputPermutation(RewriteRule):
         return is_call(node, STRUCTURED_LINEAR) and is_call(node.args[0], PERMUTE)
 
     def why_not(self, node: fx.Node, facts: Context) -> str | None:
-        """The input is read later than before, so nothing may write to it in between."""
+        """Only products may read the permutation, or it would stay; and nothing may write to its input in between."""
         permute = node.args[0]
         assert isinstance(permute, fx.Node)
+        other = next((reader for reader in permute.users if not _reads_as_input(reader, permute)), None)
+        if other is not None:
+            return f"{permute.name} is read by {other.name} too, so it stays and the product reads its result"
         obstacle = obstacle_between(permute, node)
         return None if obstacle is None else f"{obstacle} between the permutation and the product"
 
@@ -40,3 +43,8 @@ class FuseInputPermutation(RewriteRule):
             with node.graph.inserting_before(node):
                 table = facts.hoist(compose(node.graph, table, own))
         set_arguments(node, x=x, input_permutation=table)
+
+
+def _reads_as_input(reader: fx.Node, permute: fx.Node) -> bool:
+    """Whether a node is a structured product of the permuted activations."""
+    return is_call(reader, STRUCTURED_LINEAR) and reader.args[0] is permute

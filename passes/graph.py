@@ -23,8 +23,8 @@ _MODE_SWITCHES = frozenset(
     {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
 )
 _VIEWS = frozenset(
-    {"getitem", "getattr", "view", "view_as", "reshape", "t", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "select",
-     "flatten", "unflatten", "swapaxes", "movedim", "expand", "detach", "chunk", "split", "unbind", "diagonal"}
+    {"getitem", "getattr", "view", "view_as", "reshape", "t", "transpose", "permute", "squeeze", "unsqueeze", "narrow",
+     "select", "flatten", "unflatten", "swapaxes", "movedim", "expand", "detach", "chunk", "split", "unbind", "diagonal"}
 )  # fmt: skip
 
 
@@ -109,7 +109,8 @@ def obstacle_between(first: fx.Node, last: fx.Node | None) -> str | None:
 
 def written_inputs(of: fx.Graph) -> frozenset[fx.Node]:
     """The inputs and attributes that a graph may write to, directly or through a view."""
-    return frozenset(base(target) for node in of.nodes if mutates(node) for target in _written_arguments(node))
+    bases = (base(target) for node in of.nodes if mutates(node) for target in _written_arguments(node))
+    return frozenset(node for node in bases if node.op in ("placeholder", "get_attr"))
 
 
 def layer_name(node: fx.Node) -> str:
@@ -141,7 +142,7 @@ def _asked_in_place(node: fx.Node) -> bool:
         return bool(node.kwargs.get("inplace"))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _signature(function: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
@@ -172,6 +173,7 @@ def base(node: fx.Node) -> fx.Node:
 
 
 def is_view(target: Any) -> bool:
+    """Whether what a function returns may share memory with its argument."""
     if isinstance(target, torch._ops.OpOverload):
         return any(result.alias_info is not None for result in target._schema.returns)
     return getattr(target, "__name__", "") in _VIEWS

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.graph import PERMUTE, is_call
 from padst_compile.passes.sparsify_linears import SparsifyLinears
+from padst_compile.passes.unfold_patches import UnfoldPatches
 from padst_compile.spec import SpecLike
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ RULES: tuple[type[RewriteRule], ...] = (
     FuseInputPermutation,
     FuseOutputPermutation,
     AbsorbBias,
+    UnfoldPatches,
     ChooseKernels,
 )
 
@@ -94,9 +97,12 @@ class Pipeline:
         dumper = _Dumper(self._dump)
         dumper.write(facts.module, "captured")
         reports, total = [], _count_permutes(facts.module)
+        removed: collections.Counter[str] = collections.Counter()
         for rule in rules:
+            before = _count_permutes(facts.module)
             report = rule.run(facts)
             reports.append(report)
+            removed[rule.effect] += before - _count_permutes(facts.module)
             if rule is first:
                 total = _count_permutes(facts.module)
             logger.debug("%s: %d rewritten, %d refused", rule.name, report.rewritten, len(report.refusals))
@@ -105,7 +111,7 @@ class Pipeline:
         facts.module.graph.lint()
         facts.module.recompile()
         decisions = [d for rule in rules if isinstance(rule, ChooseKernels) for d in rule.decisions]
-        return PipelineReport(reports, decisions, _account(reports, total, facts.module), time.perf_counter() - start)
+        return PipelineReport(reports, decisions, _account(removed, total, facts.module), time.perf_counter() - start)
 
     def _rules(self) -> list[RewriteRule]:
         rules: list[RewriteRule] = []
@@ -166,11 +172,8 @@ def _count_permutes(module: fx.GraphModule) -> int:
     return sum(is_call(node, PERMUTE) for node in module.graph.nodes)
 
 
-def _account(reports: Sequence[RuleReport], total: int, module: fx.GraphModule) -> PermutationAccount:
-    counts = dict.fromkeys(("composed", "cancelled", "folded", "fused"), 0)
-    for report in reports:
-        if report.effect in counts:
-            counts[report.effect] += report.rewritten
+def _account(removed: Mapping[str, int], total: int, module: fx.GraphModule) -> PermutationAccount:
+    counts = {name: removed.get(name, 0) for name in ("composed", "cancelled", "folded", "fused")}
     return PermutationAccount(total=total, remaining=_count_permutes(module), **counts)
 
 

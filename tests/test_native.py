@@ -304,7 +304,8 @@ with warnings.catch_warnings(record=True) as caught:
     answers = [native.load() for _ in range(3)]
     supported = [native.supports(kind, torch.float32) for kind in ("block", "nm", "diagonal") for _ in range(2)]
 caught = [w for w in caught if issubclass(w.category, native.NativeKernelsUnavailable)]
-print(answers[0], len(set(answers)), supported[::2], len(caught), native.unavailable_reason(), *(w.message for w in caught), sep="|")
+text = [native.unavailable_reason(), *(w.message for w in caught)]
+print(answers[0], len(set(answers)), supported[::2], len(caught), *text, sep="|")
 """
 
 
@@ -365,7 +366,8 @@ class TestLoader:
         assert (built_cache / "native").stat().st_mode & 0o777 == 0o700
 
     def test_cached_library_needs_no_builder(self, built_cache: pathlib.Path) -> None:
-        code = "import sys; from padst_compile.kernels import native; print(native.load(), 'torch.utils.cpp_extension' in sys.modules)"
+        builder = "'torch.utils.cpp_extension' in sys.modules"
+        code = f"import sys; from padst_compile.kernels import native; print(native.load(), {builder})"
         assert output_of(run_python(code, built_cache, CXX=compiler(built_cache))).strip() == "True False"
 
     def test_truncated_library_is_rebuilt(self, built_cache: pathlib.Path, tmp_path: pathlib.Path) -> None:

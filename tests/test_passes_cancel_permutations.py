@@ -50,7 +50,11 @@ def test_the_identity_vanishes_and_is_watched() -> None:
     [
         (lambda m, x: PERMUTE(x, m.table) * 2, False, "training: the permutation's values may change at any step"),
         (lambda m, x: PERMUTE(x, torch.argsort(x[0])) * 2, True, "the index table is computed from the inputs"),
-        (lambda m, x: PERMUTE(x, m.table), True, "the graph returns the result, which must not be the tensor that was permuted"),
+        (
+            lambda m, x: PERMUTE(x, m.table),
+            True,
+            "the graph returns the result, which must not be the tensor that was permuted",
+        ),
         (lambda m, x: PERMUTE(x, m.table).view(-1).add_(1) + x.sum(), True, "add_ writes in place while the result is in use"),
         (lambda m, x: PERMUTE(x, m.table).add_(1) + x, True, "add_ writes in place while the result is in use"),
     ],

@@ -155,7 +155,7 @@ def test_the_function_is_the_same(rule: Callable[[], RewriteRule], model: type[T
 @every_rule
 def test_gradients_are_the_same(rule: Callable[[], RewriteRule], model: type[Tables]) -> None:
     facts, x = traced(model()), sample().requires_grad_()
-    parameters = [p for p in facts.module.parameters()]
+    parameters = list(facts.module.parameters())
     expected = torch.autograd.grad(facts.module(x).square().sum(), [x, *parameters], allow_unused=True)
     rule().run(facts)
     facts.module.recompile()

@@ -79,7 +79,7 @@ def test_the_permutation_becomes_the_order_of_the_rows(body: Callable[[Model, An
         (lambda m, x: m.layer(x), NOT_DENSE),
     ],
 )
-def test_what_is_no_pointwise_function_of_a_dense_layer_is_left_alone(body: Callable[[Model, Any], Any], reason: str | None) -> None:
+def test_other_functions_are_left_alone(body: Callable[[Model, Any], Any], reason: str | None) -> None:
     facts = Context(fx.symbolic_trace(Model(body)), {}, inference=True)
     report = FoldIntoLinear().run(facts)
     assert (report.rewritten, [r.reason for r in report.refusals]) == (0, [] if reason is None else [reason])

@@ -233,6 +233,23 @@ def test_permutations_of_neighbouring_layers_meet_through_a_norm() -> None:
     torch.testing.assert_close(graph(x), model(x), rtol=1e-12, atol=1e-12)
 
 
+def test_a_permuted_output_with_two_readers_goes_into_the_store_and_not_into_one_load() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+        def forward(self, x: Any) -> Any:
+            y = self.one(x)
+            return y + self.two(y)
+
+    out = padst.SparsitySpec("block:4", 0.5, permutation="random", permutation_side="output")
+    model = padst.sparsify(whole(Residual()), out)
+    graph, x = fx.symbolic_trace(model), sample()
+    assert passes.run(graph).permutations == PermutationAccount(total=2, fused=2, remaining=0)
+    assert torch.equal(graph(x), model(x))
+
+
 # --- generated models ---
 
 
@@ -245,8 +262,8 @@ class Generated(nn.Module):
         self.layers = nn.ModuleDict()
         for number, step in enumerate(steps):
             for part in {"linear": "a", "no bias": "a", "residual": "ab", "gate": "abc"}.get(step, ""):
-                wide = part in "ab" and step == "gate"
-                sizes = (16, 8) if part == "c" or (step == "residual" and part == "b") else (8, 16 if wide or step == "residual" else 8)
+                narrows, widens = (step, part) in (("gate", "c"), ("residual", "b")), step in ("gate", "residual")
+                sizes = (16, 8) if narrows else (8, 16 if widens else 8)
                 self.layers[f"{number}{part}"] = nn.Linear(*sizes, bias=step != "no bias")
             if step == "layer norm":
                 self.layers[f"{number}n"] = nn.LayerNorm(8)
@@ -264,8 +281,10 @@ class Generated(nn.Module):
                 x = layer["c"](F.relu(layer["a"](x)) * layer["b"](x))
             elif step in ("layer norm", "rms norm"):
                 norm = layer["n"]
-                bias = (norm.bias,) if step == "layer norm" else ()
-                x = (F.layer_norm if bias else F.rms_norm)(x, (8,), norm.weight, *bias, eps=1e-5)
+                if step == "layer norm":
+                    x = F.layer_norm(x, (8,), norm.weight, norm.bias, eps=1e-5)
+                else:
+                    x = F.rms_norm(x, (8,), norm.weight, eps=1e-5)
             else:
                 x = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[step](x)
         return x

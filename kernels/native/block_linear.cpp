@@ -236,14 +236,11 @@ void dispatch(
   run<T, C>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, output, bounds);
 }
 
+// The dispatch for T, with its own micro-kernel or, where it has none, float's.
 template <typename T>
-constexpr auto kDispatch = [](auto&&... arguments) {
-  if (has_micro_kernel<T>()) {
-    dispatch<T, T>(arguments...);
-  } else {
-    dispatch<T, float>(arguments...);
-  }
-};
+auto dispatch_for() {
+  return has_micro_kernel<T>() ? dispatch<T, T> : dispatch<T, float>;
+}
 
 }  // namespace
 
@@ -267,13 +264,10 @@ at::Tensor block_linear(
   if (y.numel() == 0) {
     return y;
   }
-  if (x.scalar_type() == at::kFloat) {
-    dispatch<float, float>(s, x, values, pointer_or_null(bias), in_table, out_table, y);
-  } else if (x.scalar_type() == at::kBFloat16) {
-    kDispatch<at::BFloat16>(s, x, values, pointer_or_null(bias), in_table, out_table, y);
-  } else {
-    kDispatch<at::Half>(s, x, values, pointer_or_null(bias), in_table, out_table, y);
-  }
+  const auto kernel = x.scalar_type() == at::kFloat ? dispatch_for<float>()
+      : x.scalar_type() == at::kBFloat16            ? dispatch_for<at::BFloat16>()
+                                                    : dispatch_for<at::Half>();
+  kernel(s, x, values, pointer_or_null(bias), in_table, out_table, y);
   return y;
 }
 

@@ -213,9 +213,9 @@ def _build(folder: pathlib.Path) -> None:
         published = workspace / "published"
         published.mkdir(mode=0o700)
         (published / _DIGEST).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
-        os.replace(library, published / _LIBRARY)
+        library.replace(published / _LIBRARY)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(published, folder)
+        published.replace(folder)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
 

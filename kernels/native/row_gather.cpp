@@ -3,6 +3,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <functional>
+
 #include "checks.h"
 #include "kernels.h"
 
@@ -29,36 +31,66 @@ struct NmMatrix {
 
   template <int kWidth>
   void multiply(const float* panel, Range inputs, Range rows, float* sums) const {
-    for (int64_t row = rows.begin; row < rows.end; row += vector) {
+    int64_t row = rows.begin;
+    for (; vector == 1 && row + 2 <= rows.end; row += 2) {
+      multiply_pair<kWidth>(panel, inputs, row, sums);
+    }
+    for (; row < rows.end; row += vector) {
       const int64_t height = std::min(vector, rows.end - row);
       int64_t v = 0;
       for (; v + 4 <= height; v += 4) {
-        multiply_rows<4, kWidth>(panel, inputs, row / vector, v, sums);
+        multiply_shared<4, kWidth>(panel, inputs, row / vector, v, sums);
       }
       for (; v < height; ++v) {
-        multiply_rows<1, kWidth>(panel, inputs, row / vector, v, sums);
+        multiply_shared<1, kWidth>(panel, inputs, row / vector, v, sums);
       }
     }
   }
 
  private:
-  template <int kRows, int kWidth>
-  void multiply_rows(const float* panel, Range inputs, int64_t row_group, int64_t v, float* sums) const {
-    RowSums<kRows, kWidth> total(panel);
-    float* target = sums + (row_group * vector + v) * total.kTokens;
-    if (inputs.begin == 0) {
-      total.clear();
-    } else {
-      total.load_sums(target);
-    }
-    const uint8_t* offset = offsets + row_group * slots;
-    const float* weights = values + row_group * slots * vector + v;
+  // visit(slot, first input of its group); the inner loop would cost as much as the work where n is 1.
+  template <typename Visit>
+  void for_each_slot(Range inputs, const Visit& visit) const {
     int64_t slot = inputs.begin / m * n;
+    if (n == 1) {
+      for (int64_t group = inputs.begin; group < inputs.end; group += m, ++slot) {
+        visit(slot, group);
+      }
+      return;
+    }
     for (int64_t group = inputs.begin; group < inputs.end; group += m) {
-      for (int64_t j = 0; j < n; ++j, ++slot) {
-        total.template add<0>(group + offset[slot], weights + slot * vector);
+      for (const int64_t end = slot + n; slot < end; ++slot) {
+        visit(slot, group);
       }
     }
+  }
+
+  // kRows rows that share their offsets.
+  template <int kRows, int kWidth>
+  void multiply_shared(const float* panel, Range inputs, int64_t row_group, int64_t v, float* sums) const {
+    RowSums<kRows, kWidth> total(panel);
+    float* target = sums + (row_group * vector + v) * total.kTokens;
+    total.start(inputs.begin == 0, target);
+    const uint8_t* offset = offsets + row_group * slots;
+    const float* weights = values + row_group * slots * vector + v;
+    for_each_slot(inputs, [&](int64_t slot, int64_t group) {
+      total.template add_all<0>(group + offset[slot], weights + slot * vector);
+    });
+    total.store_sums(target);
+  }
+
+  // Two rows with offsets of their own: one alone waits for the latency of its additions.
+  template <int kWidth>
+  void multiply_pair(const float* panel, Range inputs, int64_t row, float* sums) const {
+    RowSums<2, kWidth> total(panel);
+    float* target = sums + row * total.kTokens;
+    total.start(inputs.begin == 0, target);
+    const uint8_t *offset = offsets + row * slots, *next_offset = offset + slots;
+    const float *weight = values + row * slots, *next_weight = weight + slots;
+    for_each_slot(inputs, [&](int64_t slot, int64_t group) {
+      total.add(0, group + offset[slot], weight[slot]);
+      total.add(1, group + next_offset[slot], next_weight[slot]);
+    });
     total.store_sums(target);
   }
 };
@@ -123,11 +155,7 @@ class DiagonalMatrix {
   void multiply_rows(const float* panel, Range inputs, int64_t row, float* sums) const {
     RowSums<kRowCount, kWidth> total(panel);
     float* target = sums + row * total.kTokens;
-    if (inputs.begin == 0) {
-      total.clear();
-    } else {
-      total.load_sums(target);
-    }
+    total.start(inputs.begin == 0, target);
     if (in_features >= out_features) {
       add_wide(total, inputs, row);
     } else {
@@ -145,7 +173,7 @@ class DiagonalMatrix {
     for (const int64_t base : {row, row - period_}) {
       const Range range = diagonals(inputs.begin - base, inputs.end - base);
       for (int64_t d = range.begin; d < range.end; ++d) {
-        total.template add<1>(base + offsets_[d], values_ + d * length_ + row);
+        total.template add_all<1>(base + offsets_[d], values_ + d * length_ + row);
       }
     }
   }
@@ -158,7 +186,7 @@ class DiagonalMatrix {
       const Range range = diagonals(base - end + 1, base - inputs.begin + 1);
       for (int64_t d = range.begin; d < range.end; ++d) {
         const int64_t column = base - offsets_[d];
-        total.template add<1>(column, values_ + d * length_ + column);
+        total.template add_all<1>(column, values_ + d * length_ + column);
       }
     }
   }
@@ -188,7 +216,7 @@ class DiagonalMatrix {
     total.load_sums(target);
     for (int64_t d = range.begin; d < range.end; ++d) {
       const int64_t column = base - offsets_[d];
-      total.template add<1>(column, values_ + d * length_ + column);
+      total.template add_all<1>(column, values_ + d * length_ + column);
     }
     total.store_sums(target);
   }
@@ -235,17 +263,18 @@ at::Tensor dispatch(
   return y;
 }
 
-void check_nm(const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, int64_t out_features, int64_t n, int64_t m) {
+void check_nm(
+    const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, int64_t out_features, int64_t n, int64_t m) {
   TORCH_CHECK(0 < n && n <= m && m <= 256, "N:M needs 0 < n <= m <= 256, got ", n, ":", m);
   TORCH_CHECK(values.dim() == 3 && values.size(2) > 0, "values must be [row groups, slots, vector], got ", values.sizes());
   const int64_t row_groups = ceil_div(out_features, values.size(2)), groups = ceil_div(x.size(-1), m);
   TORCH_CHECK(
-      values.size(0) == row_groups && values.size(1) == groups * n, "values must be [", row_groups, ", ", groups * n, ", vector], got ",
-      values.sizes());
+      values.size(0) == row_groups && values.size(1) == groups * n, "values must be [", row_groups, ", ", groups * n,
+      ", vector], got ", values.sizes());
   TORCH_CHECK(offsets.device().is_cpu() && offsets.scalar_type() == at::kByte, "offsets must be uint8 on the CPU");
   TORCH_CHECK(
-      offsets.is_contiguous() && offsets.sizes() == values.sizes().slice(0, 2), "offsets must be contiguous [", row_groups, ", ",
-      groups * n, "], got ", offsets.sizes());
+      offsets.is_contiguous() && offsets.sizes() == values.sizes().slice(0, 2), "offsets must be contiguous [", row_groups,
+      ", ", groups * n, "], got ", offsets.sizes());
 }
 
 // Every offset inside its group, and the last, possibly shorter group inside in_features.
@@ -271,7 +300,8 @@ bool row_gather_supports(at::ScalarType dtype) {
 
 at::Tensor nm_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets, const OptionalTensor& bias,
-    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features, int64_t n, int64_t m) {
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
+    int64_t out_features, int64_t n, int64_t m) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
   check_nm(x_in, values_in, offsets, out_features, n, m);
@@ -289,11 +319,12 @@ at::Tensor diagonal_linear(
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "diagonal_linear has no native kernel for ", x_in.scalar_type());
   const int64_t in_features = x_in.size(-1), length = std::min(in_features, out_features), diagonals = offsets_in.numel();
   TORCH_CHECK(
-      values_in.dim() == 2 && values_in.size(0) == diagonals && values_in.size(1) == length, "values must be [", diagonals, ", ",
-      length, "], got ", values_in.sizes());
+      values_in.dim() == 2 && values_in.size(0) == diagonals && values_in.size(1) == length, "values must be [", diagonals,
+      ", ", length, "], got ", values_in.sizes());
   const int32_t* offsets = int32_pointer(offsets_in, "offsets");
   check_indices(offsets, diagonals, std::max(in_features, out_features), "offsets");
-  TORCH_CHECK(std::is_sorted(offsets, offsets + diagonals, std::less_equal<int32_t>()), "offsets must ascend without repetition");
+  const bool ascend = std::is_sorted(offsets, offsets + diagonals, std::less_equal<int32_t>());
+  TORCH_CHECK(ascend, "offsets must ascend without repetition");
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const DiagonalMatrix s(in_features, out_features, offsets, diagonals, values.const_data_ptr<float>());
   return dispatch(s, x, bias, input_permutation, output_permutation);

@@ -6,10 +6,10 @@
 // wait in L2.
 //
 // A structure S is described by a class with
-//   kRows                        rows that share one pass over the panel, the most common case
 //   in_features, out_features
-//   chunk_step()                 what a chunk boundary must be a multiple of
-//   multiply(panel, chunk, row, sums)
+//   kExtraRows                            rows of the panel beyond in_features, which extend(panel) fills
+//   chunk_step(), row_step()              what boundaries between chunks of inputs and parts of the rows are multiples of
+//   multiply(panel, inputs, rows, sums)   adds the chunk `inputs` of a panel to the sums of `rows`
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,7 +24,7 @@
 namespace padst {
 
 // What part of the panel one chunk of inputs may take in L1, beside the weights and the sums.
-inline constexpr int64_t kChunkBytes = int64_t{32} << 10;
+inline constexpr int64_t kChunkBytes = int64_t{48} << 10;
 
 // Rows of `kRows` sums over a panel of kWidth vectors of tokens, in registers.
 template <int kRows, int kWidth>
@@ -34,17 +34,18 @@ class RowSums {
 
   explicit RowSums(const float* panel) : panel_(panel) {}
 
+  // The sums so far, which are none before the first chunk of inputs.
+  void start(bool first, const float* source) {
+    if (first) {
+      clear();
+    } else {
+      load_sums(source);
+    }
+  }
   void load_sums(const float* source) {
     for (int r = 0; r < kRows; ++r) {
       for (int w = 0; w < kWidth; ++w) {
         sums_[r][w] = load(source + r * kTokens + w * kLanes);
-      }
-    }
-  }
-  void clear() {
-    for (auto& row : sums_) {
-      for (Vec& sum : row) {
-        sum = Vec{};
       }
     }
   }
@@ -56,18 +57,31 @@ class RowSums {
     }
   }
 
-  // Row r gains weights[r] times feature `column + r * kShift`.
-  template <int kShift>
-  void add(int64_t column, const float* weights) {
+  // Row r gains `weight` times a feature.
+  void add(int r, int64_t column, float weight) {
     const float* source = panel_ + column * kTokens;
+    for (int w = 0; w < kWidth; ++w) {
+      sums_[r][w] += weight * load(source + w * kLanes);
+    }
+  }
+
+  // Every row r gains weights[r] times feature `column + r * kShift`.
+  template <int kShift>
+  void add_all(int64_t column, const float* weights) {
     for (int r = 0; r < kRows; ++r) {
-      for (int w = 0; w < kWidth; ++w) {
-        sums_[r][w] += weights[r] * load(source + r * kShift * kTokens + w * kLanes);
-      }
+      add(r, column + r * kShift, weights[r]);
     }
   }
 
  private:
+  void clear() {
+    for (auto& row : sums_) {
+      for (Vec& sum : row) {
+        sum = Vec{};
+      }
+    }
+  }
+
   const float* panel_;
   Vec sums_[kRows][kWidth];
 };

@@ -11,7 +11,8 @@ namespace padst {
 
 // target[j] = source[table[j]]
 template <typename Source, typename Target>
-inline void gather(const Source* __restrict__ source, const int32_t* __restrict__ table, int64_t size, Target* __restrict__ target) {
+inline void gather(
+    const Source* __restrict__ source, const int32_t* __restrict__ table, int64_t size, Target* __restrict__ target) {
   for (int64_t j = 0; j < size; ++j) {
     target[j] = static_cast<Target>(source[table[j]]);
   }
