@@ -27,6 +27,7 @@ from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.graph import PERMUTE, is_call
 from padst_compile.passes.sparsify_linears import SparsifyLinears
+from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
 from padst_compile.spec import SpecLike
 
@@ -41,6 +42,7 @@ RULES: tuple[type[RewriteRule], ...] = (
     FuseOutputPermutation,
     AbsorbBias,
     UnfoldPatches,
+    TanhGate,
     ChooseKernels,
 )
 
