@@ -1,0 +1,50 @@
+"""What the benchmark scripts share: measure a list of cases with one thread, print them, record them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from padst_compile import SparsitySpec
+from padst_compile.benchmarking.report import comparison_table, write_results
+from padst_compile.benchmarking.run import Comparison
+from padst_compile.structures import parse
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def spec(structure: str) -> SparsitySpec:
+    """90 % sparsity, or what N:M fixes, with a random input permutation on every layer."""
+    chosen = parse(structure)
+    return SparsitySpec(structure=chosen, sparsity=chosen.natural_sparsity() or 0.9, permutation="random")
+
+
+def run(
+    description: str | None, cases: Sequence[tuple[Any, ...]], measure: Callable[..., Comparison], repetitions: int, name: str
+) -> None:
+    """Measure every case and write `results/NAME.json`; with --quick, one case and no file.
+
+    Args:
+        description: the script's docstring, for --help.
+        cases: arguments of `measure`.
+        measure: takes a case and the keyword `repetitions`.
+        repetitions: timed calls of each candidate.
+        name: of the result.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="the first case, few repetitions, nothing written")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    console = Console(width=200)
+    comparisons = []
+    for case in cases[:1] if quick else cases:
+        console.print("measuring", *case)
+        comparisons.append(measure(*case, repetitions=3 if quick else repetitions))
+    console.print(comparison_table(comparisons, f"{name}, one thread, medians of interleaved calls"))
+    if not quick:
+        console.print(f"written to {write_results(comparisons, RESULTS / f'{name}.json')}")
