@@ -112,15 +112,16 @@ def _cache() -> JsonCache:
 def _machine(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()},capability={torch.cuda.get_device_capability()}"
-    return f"{platform.machine()},{_cpu_name()},{torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.machine()},{cpu_name()},{torch.backends.cpu.get_cpu_capability()}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
     try:
         with Path("/proc/cpuinfo").open() as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor()
+        return platform.processor() or platform.machine()
 
 
 @functools.cache

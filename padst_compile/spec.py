@@ -7,12 +7,12 @@ import fnmatch
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from padst_compile.errors import PatternError, SparsityMismatchError, SpecError, UnknownFieldError
+from padst_compile.files import replace_text
 from padst_compile.structures import Structure, parse, structure_from_dict
 
 PermutationKind: TypeAlias = Literal["none", "random", "learned"]
@@ -154,11 +154,7 @@ def spec_from_dict(data: Mapping[str, Any]) -> SpecLike:
 
 def save_spec(spec: SpecLike, path: str | os.PathLike[str]) -> None:
     """Write `spec` as JSON; the file is replaced atomically."""
-    path, text = Path(path), json.dumps(spec_to_dict(spec), indent=2) + "\n"
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        draft = Path(folder) / path.name
-        draft.write_text(text)
-        draft.replace(path)
+    replace_text(Path(path), json.dumps(spec_to_dict(spec), indent=2) + "\n")
 
 
 def load_spec(path: str | os.PathLike[str]) -> SpecLike:

@@ -21,6 +21,7 @@ PACKAGE = "padst_compile"
 # (`verify`, `testing`) stands before the kernels and the passes, so that it shares no code with them.
 LAYERS = (
     "errors",
+    "files",
     "permutation",
     "structures",
     "distribution",

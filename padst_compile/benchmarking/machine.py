@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from padst_compile.autotune.kernel_choice import cpu_name
 from padst_compile.kernels import native
 
 
@@ -25,11 +26,6 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "native_kernels": native.load(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_has(flag: str) -> bool:

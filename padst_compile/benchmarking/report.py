@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.run import DENSE_DEFAULT, DENSE_FREEZING, SPARSE, UNPERMUTED, Comparison
+from padst_compile.files import replace_text
 from padst_compile.structures import structure_from_dict
 
 _SCHEMA = 1
@@ -59,10 +59,8 @@ def write_results(comparisons: Sequence[Comparison], path: Path) -> Path:
 def write_json(data: Any, path: Path) -> Path:
     """Write JSON, replacing the file atomically; folders are made where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(data, file, indent=1)
-        file.write("\n")
-    return Path(file.name).replace(path)
+    replace_text(path, json.dumps(data, indent=1) + "\n")
+    return path
 
 
 def _model(c: Comparison) -> str:
