@@ -1,0 +1,103 @@
+"""cost(fold) ≤ cost(load), cost(store) ≤ cost(separate), for every number of tokens T ≥ 1
+
+What a permutation of n features costs at each call, by where it is put, in bytes of memory traffic that take as long:
+
+    fold       1                                                            the parameters' order, made once
+    load       n·(table + T·kernel_gather)                                  while a kernel reads its input
+    store      n·(table + T·kernel_gather)                                  while a kernel writes its output
+    separate   n·(table + T·(2·element + separate_gather)) + dispatch       an op of its own: reads and writes everything
+
+A fold moves nothing when the model runs. It costs one byte, so that doing nothing wins a tie against reordering
+parameters, and nothing else loses one. Kernels of N:M and diagonal layers find every row through an index anyway: for them
+`kernel_gather` is 0. A layer that runs dense has its columns and rows reordered: a fold. Outside the CPU no kernel of ours
+gathers, so that load and store are ops of their own.
+
+The coefficients are those that benchmarks/permute_costs.py measured (benchmarks/results/cpu-permute-costs.json). Costs are
+`sympy` expressions, because a graph of dynamic shape has no number of tokens yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import sympy
+
+Kind: TypeAlias = Literal["block", "nm", "diagonal", "unstructured", "dense"]
+
+TOKENS = sympy.Symbol("T", integer=True, positive=True)
+"""Rows of the activations in one call."""
+
+_FOLD = sympy.Integer(1)
+_TABLE_BYTES = 4  # an int32 index
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """What places for a permutation cost, as expressions in `TOKENS`.
+
+    Args:
+        element_bytes: of one activation.
+        device: type of the device.
+        tokens: rows of the activations, a number or an expression in `TOKENS`.
+        kernel_gather: bytes in the time that an element takes a block kernel longer when it comes from anywhere.
+        separate_gather: the same for `padst::permute` against a copy.
+        dispatch: bytes in the time of a call that moves nothing.
+    """
+
+    element_bytes: int = 4
+    device: str = "cpu"
+    tokens: sympy.Expr | int = TOKENS
+    kernel_gather: int = 3
+    separate_gather: int = 8
+    dispatch: int = 140_000
+
+    def fold(self, n: int) -> sympy.Expr:
+        """Parameters of `n` features stored in another order."""
+        return _FOLD
+
+    def load(self, n: int, kind: Kind) -> sympy.Expr:
+        """`n` features gathered by the kernel of a layer while it reads them."""
+        return self._in_kernel(n, kind)
+
+    def store(self, n: int, kind: Kind) -> sympy.Expr:
+        """`n` features reordered by the kernel of a layer while it writes them."""
+        return self._in_kernel(n, kind)
+
+    def separate(self, n: int) -> sympy.Expr:
+        """`n` features permuted by an op of its own."""
+        moved = 2 * self.element_bytes + self.separate_gather
+        return sympy.expand(n * (_TABLE_BYTES + self.tokens * moved) + self.dispatch)
+
+    def _in_kernel(self, n: int, kind: Kind) -> sympy.Expr:
+        if kind in ("dense", "unstructured"):  # no kernel beats dense on unstructured layers, so that they run dense
+            return self.fold(n)
+        if self.device != "cpu":
+            return self.separate(n)
+        gathered = self.kernel_gather if kind == "block" else 0
+        return sympy.expand(n * (_TABLE_BYTES + self.tokens * gathered))
+
+
+def at(cost: sympy.Expr, tokens: int) -> int:
+    """A cost in bytes for a number of tokens, rounded up."""
+    return int(sympy.ceiling(sympy.sympify(cost).subs(TOKENS, tokens)))
+
+
+def per_token(cost: sympy.Expr) -> int:
+    """By how much a cost grows with each token."""
+    return int(sympy.sympify(cost).diff(TOKENS))
+
+
+def always_cheaper(a: sympy.Expr, b: sympy.Expr) -> bool | None:
+    """Whether `a < b` for all T ≥ 1 (True), for none (False), or depending on T or not provably either (None)."""
+    beyond_one = sympy.Dummy(integer=True, nonnegative=True)
+    difference = sympy.expand((sympy.sympify(a) - b).subs(TOKENS, 1 + beyond_one))
+    if difference.is_negative:
+        return True
+    return False if difference.is_nonnegative else None
+
+
+def cheaper(a: sympy.Expr, b: sympy.Expr, hint: int) -> bool:
+    """Whether `a < b`: for all T ≥ 1 where the difference has one sign, else for the number of tokens `hint`."""
+    decided = always_cheaper(a, b)
+    return at(a, hint) < at(b, hint) if decided is None else decided
