@@ -59,6 +59,10 @@ class MetaDeviceError(PadstError, ValueError):
     """A layer whose weights are on the meta device and hold no values to keep."""
 
 
+class MissingInputsError(PadstError, TypeError):
+    """A request that depends on the model's graph, without inputs to capture it with."""
+
+
 class InvalidPermutationError(PadstError, ValueError):
     """An index tensor that is not a permutation of the features it is applied to."""
 
@@ -84,6 +88,52 @@ class UnknownModelError(PadstError, ValueError):
 
 class UnsupportedGraphError(PadstError, TypeError):
     """A graph that the passes cannot work on as given."""
+
+
+class VerificationError(PadstError):
+    """Base class of what keeps `padst.verify` from a verdict."""
+
+
+class VerificationInputError(VerificationError, ValueError):
+    """Arguments of `verify` that it cannot work on."""
+
+
+class UnsupportedOperationError(VerificationError):
+    """An operator on computed values that has no meaning over residues."""
+
+    def __init__(self, operator: str, where: str, detail: str = "") -> None:
+        reason = f" ({detail})" if detail else ""
+        super().__init__(f"cannot verify {operator}{reason} in {where}; verify the parts of the model around it instead")
+        self.operator = operator
+
+
+class DataDependentError(UnsupportedOperationError):
+    """A program whose path or order depends on computed values, which residues cannot decide."""
+
+    def __init__(self, operator: str, where: str) -> None:
+        super().__init__(operator, where, "it reads, orders or rounds computed values")
+
+
+class RandomOperationError(UnsupportedOperationError):
+    """A program that draws random numbers."""
+
+    def __init__(self, operator: str, where: str) -> None:
+        super().__init__(operator, where, "it draws random numbers; call .eval() on both modules")
+
+
+class NotEquivalentError(PadstError, AssertionError):
+    """Two modules that were to compute the same function do not."""
+
+
+class WrongPassError(NotEquivalentError):
+    """A pass that changed what a graph computes."""
+
+    def __init__(self, name: str, difference: str, script: str) -> None:
+        super().__init__(
+            f"pass {name} changed what the graph computes, in {difference}; reproduce it with `python {script}`, "
+            f"and compile with options={{'disable': [{name!r}]}} until it is fixed"
+        )
+        self.name, self.script = name, script
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from padst_compile.errors import InvalidOptionError, UnknownFieldError, UnknownO
 from padst_compile.passes.choose_kernels import Policy
 from padst_compile.passes.pipeline import RULES
 
-_OWN = ("kernels", "disable", "dump")
+_OWN = ("kernels", "disable", "dump", "verify")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Options:
         disable: names of passes to leave out.
         dump: folder for the graph before and after every pass; `PADST_DUMP` sets it too.
         inductor: settings handed on to Inductor.
+        verify: whether to prove, with `padst.verify`, that each pass kept what the graph computes.
     """
 
     kernels: Policy = "measure"
     disable: tuple[str, ...] = ()
     dump: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
+    verify: bool = False
 
 
 def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -56,7 +58,10 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     if dump is not None and not isinstance(dump, (str, os.PathLike)):
         raise InvalidOptionError(f"options['dump'] is a folder, got {dump!r}")
     folder = None if dump is None else str(Path(dump))
-    return Options(kernels, _disabled(own.get("disable", ())), folder, tuple(inductor.items()))
+    verify = own.get("verify", False)
+    if not isinstance(verify, bool):
+        raise InvalidOptionError(f"options['verify'] is True or False, got {verify!r}")
+    return Options(kernels, _disabled(own.get("disable", ())), folder, tuple(inductor.items()), verify)
 
 
 def _disabled(names: Any) -> tuple[str, ...]:

@@ -11,9 +11,7 @@ from torch import nn
 
 from padst_compile.benchmarking.models import ModelCase, first_tensor
 from padst_compile.conversion import densify
-
-# How much worse than the dense model's own rounding a result may be: blocked sums associate differently.
-_SLACK = 4.0
+from padst_compile.tolerance import allowed_error, relative_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +57,8 @@ def check_compiled(case: ModelCase, sparse: nn.Module, compiled_output: torch.Te
             a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.inputs_as(dtype)
         )
         exact = first_tensor(dense.double()(*exact_inputs, **case.kwargs))
-    scale = max(exact.abs().max().item(), torch.finfo(torch.float64).tiny)
-    own_rounding = (rounded - exact).abs().max().item() / scale
-    actual = compiled_output.double()
     return Check(
-        eager_error=(actual - eager).abs().max().item() / scale,
-        reference_error=(actual - exact).abs().max().item() / scale,
-        bound=_SLACK * max(own_rounding, torch.finfo(dtype).eps),
+        eager_error=relative_error([compiled_output], [eager]),
+        reference_error=relative_error([compiled_output], [exact]),
+        bound=allowed_error(relative_error([rounded], [exact]), dtype),
     )

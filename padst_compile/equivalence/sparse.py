@@ -1,0 +1,71 @@
+"""This package's operators by their plain definition: the dense weight of the structure, two gathers and a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.nn import functional as F
+
+from padst_compile.equivalence.registry import definition
+from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, parse
+
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+@definition("padst::permute")
+def _permute(x: Any, indices: Any) -> Any:
+    return x.index_select(-1, indices)
+
+
+@definition("padst::to_dense")
+def _to_dense(values: Any, topology: Sequence[Any], out_features: int, in_features: int, structure: str) -> Any:
+    return parse(structure).unpack(values, tuple(topology), Shape(out_features, in_features))
+
+
+@definition("padst::structured_linear")
+def _structured_linear(
+    x: Any, values: Any, topology: Sequence[Any], bias: Any, input_permutation: Any, output_permutation: Any,
+    out_features: int, structure: str, *epilogue: Any,
+) -> Any:  # fmt: skip
+    tables = (bias, input_permutation, output_permutation)
+    return _product(parse(structure), x, values, topology, *tables, out_features, *epilogue)
+
+
+@definition("padst_native::block_linear")
+def _block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *rest: Any) -> Any:
+    return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *rest)
+
+
+@definition("padst_native::nm_linear")
+def _nm_linear(
+    x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
+    n: int, m: int, *epilogue: Any,
+) -> Any:  # fmt: skip
+    tables = (bias, input_permutation, output_permutation)
+    return _product(NM(n, m, values.shape[2]), x, values, (offsets,), *tables, out_features, *epilogue)
+
+
+@definition("padst_native::diagonal_linear")
+def _diagonal_linear(x: Any, values: Any, offsets: Any, *rest: Any) -> Any:
+    return _product(Diagonal(), x, values, (offsets,), *rest)
+
+
+def _product(
+    structure: Structure, x: Any, values: Any, topology: Sequence[Any], bias: Any, input_permutation: Any,
+    output_permutation: Any, out_features: int, activation: str = "none", residual: Any = None,
+) -> Any:  # fmt: skip
+    """`act(permute(permute(x, input) @ S.T, output) + bias) + residual`."""
+    if activation not in _ACTIVATIONS:
+        raise NotImplementedError(f"the activation {activation!r} of a product")
+    weight = structure.unpack(values, tuple(topology), Shape(out_features, x.shape[-1]))
+    y = F.linear(x if input_permutation is None else x.index_select(-1, input_permutation), weight)
+    y = y if output_permutation is None else y.index_select(-1, output_permutation)
+    y = _ACTIVATIONS[activation](y if bias is None else y + bias)
+    return y if residual is None else y + residual
