@@ -48,7 +48,8 @@ def forward(
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation)
     y = format_of(structure).forward(structure, x.reshape(-1, x.shape[-1]), values, topology, out_features)
-    y = y.reshape(*x.shape[:-1], out_features)
+    # Autograd forbids writing in place to a view that a custom op returns, as `ReLU(inplace=True)` behind a layer would.
+    y = torch.ops.aten._unsafe_view.default(y.contiguous(), (*x.shape[:-1], out_features))
     if output_permutation is not None:
         y = y.index_select(-1, output_permutation)
     return (y if bias is None else y + bias).contiguous()

@@ -1,7 +1,9 @@
 """Permuted structured-sparse linear layers for PyTorch: sparsify, compile, verify."""
 
-from padst_compile.conversion import densify, sparse_layers, sparsify, sparsify_report
+from padst_compile.conversion import densify, sparse_layers, sparsify_report
+from padst_compile.equivalence import Verification, verify
 from padst_compile.explain import Explanation, explain
+from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsify
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.spec import SparsitySpec, load_spec, save_spec
 from padst_compile.structures import NM, Block, Diagonal, Unstructured
@@ -13,14 +15,18 @@ __all__ = [
     "Block",
     "Diagonal",
     "Explanation",
+    "FoldableGroup",
     "PermutedSparseLinear",
     "SparsitySpec",
     "Unstructured",
+    "Verification",
     "densify",
     "explain",
+    "foldable_permutations",
     "load_spec",
     "save_spec",
     "sparse_layers",
     "sparsify",
     "sparsify_report",
+    "verify",
 ]

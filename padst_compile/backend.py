@@ -17,10 +17,12 @@ from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
+from padst_compile.equivalence import PassCheck
 from padst_compile.options import Options, read_options
 from padst_compile.passes.context import Context, static_tensors
+from padst_compile.passes.graph import copy_graph
 from padst_compile.passes.hoist_constants import evaluate, hoist_constants
-from padst_compile.passes.pipeline import Pipeline, PipelineReport
+from padst_compile.passes.pipeline import Check, Pipeline, PipelineReport
 from padst_compile.specialization import Program, Specialization
 
 Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -73,16 +75,17 @@ def compile_graph(
         compiler: turns a graph and its inputs into a callable; Inductor, but for `explain`.
     """
     dump = None if options.dump is None else Path(options.dump)
-    pipeline = Pipeline(kernels=options.kernels, disabled=options.disable, dump=dump)
     inputs = list(example_inputs)
+    check = PassCheck(inputs, dump) if options.verify else None
+    pipeline = Pipeline(kernels=options.kernels, disabled=options.disable, dump=dump, check=check)
     inference = not _takes_gradients(gm, inputs)
-    facts = Context(_copy(gm), static_tensors(gm.graph, inputs), inference)
+    facts = Context(copy_graph(gm), static_tensors(gm.graph, inputs), inference)
     report = pipeline.run(facts)
     compilation = Compilation(facts.module, report, inference)
     if not inference:
         return compiler(facts.module, inputs), compilation
     program = _specialize(facts, inputs, compiler)
-    general = functools.partial(_general_program, gm, options, compiler)
+    general = functools.partial(_general_program, gm, options, compiler, check)
     return Specialization(program, inputs, general), compilation
 
 
@@ -120,27 +123,14 @@ def _fix_sizes(constants: list[torch.Tensor]) -> None:
             )
 
 
-def _general_program(gm: fx.GraphModule, options: Options, compiler: Compiler) -> Callable[..., Any]:
+def _general_program(
+    gm: fx.GraphModule, options: Options, compiler: Compiler, check: Check | None = None
+) -> Callable[..., Any]:
     """The captured graph after those passes that rely on no value, compiled for any values and sizes."""
-    module = _copy(gm)
-    Pipeline(kernels=None, disabled=options.disable).run(Context(module, {}, inference=False))
+    module = copy_graph(gm)
+    Pipeline(kernels=None, disabled=options.disable, check=check).run(Context(module, {}, inference=False))
     return torch.compile(module, backend=lambda graph, inputs: compiler(graph, list(inputs)))
 
 
 def _has_sparse_ops(gm: fx.GraphModule) -> bool:
     return any(isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "padst" for node in gm.graph.nodes)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph module over a copy of the graph, with what Dynamo attached for AOTAutograd."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, copies))
-    for old, new in copies.items():
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # read by AOTAutograd
-    module = fx.GraphModule(gm, graph)
-    module.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        module._param_name_to_source = gm._param_name_to_source
-    return module

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
-from padst_compile.errors import AlreadySparseError, CompiledModelError, MetaDeviceError
+from padst_compile.errors import AlreadySparseError, CompiledModelError, MetaDeviceError, MissingInputsError
 from padst_compile.layers import Origin, PermutedSparseLinear, build_layer
 from padst_compile.planning import Candidate, LayerPlan, Plan, Refusal, make_plan
 from padst_compile.spec import SpecLike
@@ -38,7 +38,7 @@ class _Linear(nn.Module):
     bias: nn.Parameter | None
 
 
-def sparsify(model: M, spec: SpecLike) -> M:
+def sparsify(model: M, spec: SpecLike, *, permutations: Mapping[str, torch.Tensor] | None = None) -> M:
     """Replace linear layers by permuted structured-sparse ones, in place.
 
     Covers `nn.Linear` and transformers' `Conv1D`. A layer that cannot be replaced without changing what the model means (a
@@ -48,21 +48,27 @@ def sparsify(model: M, spec: SpecLike) -> M:
     Args:
         model: any module; its dense weights decide which weights stay active (`init="magnitude"`).
         spec: a `SparsitySpec`, or a mapping from name patterns to `SparsitySpec` or None (leave dense); first match wins.
+        permutations: for some layers, by name, the permutation to start with: integers, `[features]`.
 
     Returns:
         `model` itself; where `model` is a linear layer, its replacement.
 
     Raises:
         PatternError, StructureMismatchError, EmptyLayerError, NothingToSparsifyError, AlreadySparseError,
-        CompiledModelError, MetaDeviceError: the request is wrong; the model is untouched.
+        CompiledModelError, MetaDeviceError, MissingInputsError, InvalidPermutationError: the request is wrong; the model is
+            untouched.
     """
     _check_model(model)
     modules = dict(_linears(model))
     plan = _plan(modules, model, spec)
+    if permutations is None and any(layer.spec.permutation_group == "foldable" for layer in plan.layers):
+        raise MissingInputsError(
+            "permutation_group='foldable' depends on the graph of the model: call padst.sparsify(model, spec, *example_inputs)"
+        )
     for layer in plan.layers:
         if modules[layer.name].weight.is_meta:
             raise MetaDeviceError(f"layer {layer.name!r} is on the meta device; materialise it first (model.to_empty, load)")
-    replacements = _build(plan.layers, modules)
+    replacements = _build(plan.layers, modules, permutations or {})
     result = _commit(model, replacements)
     setattr(result, _REPORT, SparsifyReport(plan.layers, plan.refusals))
     return result
@@ -190,7 +196,9 @@ def _half_tied(chosen: Mapping[str, object], modules: dict[str, _Linear], model:
     return ties
 
 
-def _build(plans: Sequence[LayerPlan], modules: dict[str, _Linear]) -> dict[int, nn.Module]:
+def _build(
+    plans: Sequence[LayerPlan], modules: dict[str, _Linear], permutations: Mapping[str, torch.Tensor]
+) -> dict[int, nn.Module]:
     """The replacement of every planned layer, by id of the module it replaces; nothing is installed yet."""
     built: dict[int, nn.Module] = {}
     by_weight: dict[int, PermutedSparseLinear] = {}
@@ -202,7 +210,14 @@ def _build(plans: Sequence[LayerPlan], modules: dict[str, _Linear]) -> dict[int,
             layer = PermutedSparseLinear(twin.config, twin.values, twin.topology, twin.permutation, module.bias)
         else:
             weight = module.weight.T if origin == "conv1d" else module.weight
-            layer = build_layer(plan, weight, module.bias, origin=origin, requires_grad=module.weight.requires_grad)
+            layer = build_layer(
+                plan,
+                weight,
+                module.bias,
+                origin=origin,
+                requires_grad=module.weight.requires_grad,
+                start=permutations.get(plan.name),
+            )
             by_weight[id(module.weight)] = layer
         built[id(module)] = layer.train(module.training)
     return built

@@ -20,6 +20,7 @@ from padst_compile.layers import PermutedSparseLinear
 from padst_compile.options import read_options
 from padst_compile.passes.choose_kernels import LayerDecision
 from padst_compile.passes.pipeline import PermutationAccount
+from padst_compile.permutation_fates import PermutationFate, permutation_fates
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +59,7 @@ class Explanation:
     Args:
         layers: every linear layer that `sparsify` looked at.
         permutations: what became of them, over all graphs.
+        fates: the same, permutation by permutation, with reasons and costs.
         refusals: rule, layer and reason wherever a permutation rule matched and did not fire.
         graph_breaks: reasons that Dynamo gave.
         compilations: graphs that were compiled.
@@ -68,6 +70,7 @@ class Explanation:
 
     layers: tuple[LayerExplanation, ...]
     permutations: PermutationAccount
+    fates: tuple[PermutationFate, ...]
     refusals: tuple[tuple[str, str, str], ...]
     graph_breaks: tuple[str, ...]
     compilations: int
@@ -82,13 +85,13 @@ class Explanation:
     def render(self, console: Console) -> None:
         """Print as tables."""
         console.print(_layer_table(self.layers))
+        if self.fates:
+            console.print(_permutation_table(self.fates))
         p = self.permutations
         console.print(
             f"permutations: {p.total} total, {p.cancelled} cancelled, {p.composed} composed, {p.folded} folded, "
             f"{p.fused} fused into kernels, {p.remaining} remaining as separate ops"
         )
-        for rule, layer, reason in self.refusals if p.remaining else ():
-            console.print(f"  {rule} refused at {layer}: {reason}", style="yellow")
         ratio = f" ({self.sparse_bytes / self.dense_bytes:.3f}x)" if self.dense_bytes else ""
         console.print(f"weights and indices: {self.sparse_bytes:,} bytes for {self.dense_bytes:,} dense{ratio}")
         console.print(
@@ -125,6 +128,7 @@ def explain(model: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = 
     return Explanation(
         layers=tuple(_explain_layers(compilations, plain)),
         permutations=sum((c.report.permutations for c in compilations), PermutationAccount()),
+        fates=tuple(_fates(compilations, layers)),
         refusals=tuple(_refusals(compilations)),
         graph_breaks=breaks,
         compilations=len(compilations),
@@ -222,6 +226,24 @@ def _refusals(compilations: Sequence[Compilation]) -> Iterable[tuple[str, str, s
         for rule in compilation.report.rules:
             for refusal in rule.refusals:
                 yield refusal.rule, refusal.layer, refusal.reason
+
+
+def _fates(compilations: Sequence[Compilation], layers: Mapping[str, PermutedSparseLinear]) -> Iterable[PermutationFate]:
+    sides = {name: layer.config.permuted for name, layer in layers.items() if layer.config.permuted is not None}
+    device = next((layer.values.device.type for layer in layers.values()), "cpu")
+    for compilation in compilations:
+        yield from permutation_fates(compilation, sides, device)
+
+
+def _permutation_table(fates: Sequence[PermutationFate]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="permutations", title_justify="left")
+    for column in ("layer", "side", "what became of it", "bytes per token", "why"):
+        table.add_column(column, justify="right" if column == "bytes per token" else "left", overflow="fold")
+    for fate in fates:
+        table.add_row(fate.layer, fate.side, fate.outcome, f"{fate.bytes_per_token:,}", fate.reason)
+    return table
 
 
 def _layer_table(layers: Sequence[LayerExplanation]) -> Table:

@@ -204,10 +204,27 @@ class PermutedSparseLinear(nn.Module):
 
 
 def build_layer(
-    plan: LayerPlan, weight: torch.Tensor, bias: nn.Parameter | None, *, origin: Origin = "linear", requires_grad: bool = True
+    plan: LayerPlan,
+    weight: torch.Tensor,
+    bias: nn.Parameter | None,
+    *,
+    origin: Origin = "linear",
+    requires_grad: bool = True,
+    start: torch.Tensor | None = None,
 ) -> PermutedSparseLinear:
-    """The sparse layer of a plan, with the values of a dense `weight` `[out_features, in_features]` at its active positions."""
+    """The sparse layer of a plan.
+
+    Args:
+        plan: of the layer.
+        weight: dense, `[out_features, in_features]`; its values at the active positions are kept.
+        bias: `[out_features]` or None.
+        origin: what the layer replaces.
+        requires_grad: of the values.
+        start: its permutation, instead of the one that the plan's specification draws.
+    """
     indices, permuted = _initial_permutation(plan)
+    if start is not None and indices is not None:
+        indices = permutation.check(start, plan.permuted_features, plan.name)
     # y = S Π x approximates W x when S[:, j] holds the column of W that meets (Π x)_j = x[p[j]]; rows alike.
     dense = weight.detach()
     if indices is not None:

@@ -17,6 +17,7 @@ from padst_compile.structures import Structure, parse, structure_from_dict
 
 PermutationKind: TypeAlias = Literal["none", "random", "learned"]
 PermutationSide: TypeAlias = Literal["input", "output", "smaller"]
+PermutationGroup: TypeAlias = Literal["any", "foldable"]
 Distribution: TypeAlias = Literal["uniform", "erk"]
 Init: TypeAlias = Literal["magnitude", "random"]
 
@@ -29,6 +30,7 @@ DEFAULT_IGNORE = (
 _CHOICES = {
     "permutation": get_args(PermutationKind),
     "permutation_side": get_args(PermutationSide),
+    "permutation_group": get_args(PermutationGroup),
     "distribution": get_args(Distribution),
     "init": get_args(Init),
 }
@@ -45,6 +47,8 @@ class SparsitySpec:
         sparsity: fraction of zeros, in [0, 1). N:M fixes it itself and takes None.
         permutation: `"none"`, `"random"` (one fixed permutation per layer) or `"learned"` (starts as the identity).
         permutation_side: permute the layer's `"input"`, its `"output"`, or the `"smaller"` of the two (PA-DST section 3).
+        permutation_group: `"any"` permutation, or only those that the model's graph folds for nothing (`"foldable"`, see
+            `padst.foldable_permutations`; `sparsify` then needs example inputs).
         distribution: `"uniform"` gives every layer the same sparsity; `"erk"` (Erdős-Rényi kernel, Evci et al. 2020) gives
             small layers more weights at the same total.
         targets: patterns of the module names to sparsify: globs, or regular expressions after `re:`.
@@ -61,6 +65,7 @@ class SparsitySpec:
     sparsity: float | None = None
     permutation: PermutationKind = "none"
     permutation_side: PermutationSide = "input"
+    permutation_group: PermutationGroup = "any"
     distribution: Distribution = "uniform"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = DEFAULT_IGNORE

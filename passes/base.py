@@ -19,42 +19,68 @@ from torch import fx
 from padst_compile.passes import context, graph
 from padst_compile.passes.context import Context
 
+Side: TypeAlias = Literal["input", "output"]
 Effect: TypeAlias = Literal["composed", "cancelled", "moved", "folded", "fused", "other"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why a rule that matched a node left it alone."""
+    """Why a rule that matched a node left it alone.
+
+    Attributes:
+        side: the end of a structured product that it is about, where it is about one.
+    """
 
     rule: str
     node: str
     layer: str
     reason: str
+    side: Side | None = None
 
 
 @dataclasses.dataclass
 class RuleReport:
-    """What one rule did to one graph."""
+    """What one pass did to one graph.
+
+    Attributes:
+        effect: what the pass does to permutations that it removes.
+        rewritten: how many nodes it changed.
+        tables_removed: by how many index tables inside of structured products there are fewer.
+        refusals: matches that it left alone.
+    """
 
     rule: str
     effect: Effect
     rewritten: int = 0
+    tables_removed: int = 0
     refusals: list[Refusal] = dataclasses.field(default_factory=list)
 
 
-class RewriteRule(abc.ABC):
-    """One algebraic identity, applied wherever it holds in a graph.
+class Pass(abc.ABC):
+    """A change to a whole graph.
 
     Attributes:
-        effect: what becomes of a permutation when the rule fires, for the account in `explain`.
+        effect: what becomes of permutations that the pass removes, for the account in `explain`.
     """
 
     effect: ClassVar[Effect] = "other"
 
     @property
     def name(self) -> str:
-        """The rule's name in reports, dumps and options."""
+        """The pass's name in reports, dumps and options."""
         return type(self).__name__
+
+    @abc.abstractmethod
+    def run(self, facts: Context) -> RuleReport:
+        """Change `facts.module` in place and say what was done."""
+
+    def uuid(self) -> str:
+        """Identity for compiler caches: changes when the pass's module, or what all passes build on, does."""
+        return source_hash(inspect.getmodule(type(self)), context, graph, inspect.getmodule(Pass))
+
+
+class RewriteRule(Pass):
+    """One algebraic identity, applied wherever it holds in a graph."""
 
     @abc.abstractmethod
     def matches(self, node: fx.Node) -> bool:
@@ -67,10 +93,6 @@ class RewriteRule(abc.ABC):
     @abc.abstractmethod
     def rewrite(self, node: fx.Node, facts: Context) -> None:
         """Replace `node`. Called only on a match that `why_not` let through."""
-
-    def uuid(self) -> str:
-        """Identity for compiler caches: changes when the rule's module, or what all rules build on, does."""
-        return _source_hash(inspect.getmodule(type(self)), context, graph, inspect.getmodule(RewriteRule))
 
     def run(self, facts: Context) -> RuleReport:
         """Apply the rule to every node of the graph, in order, once."""
@@ -99,6 +121,7 @@ def remove_dead(of: fx.Graph, keep: Container[fx.Node] = ()) -> None:
 
 
 @functools.cache
-def _source_hash(*modules: object) -> str:
+def source_hash(*modules: object) -> str:
+    """One hash over the sources of modules."""
     sources = "\n".join(inspect.getsource(module) for module in modules)  # type: ignore[arg-type]  # modules
     return hashlib.sha256(sources.encode()).hexdigest()

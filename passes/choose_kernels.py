@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from padst_compile.autotune.kernel_choice import Kernel, KernelChoice, LayerProblem, choose_kernel, token_bucket
 from padst_compile.kernels import dispatch
-from padst_compile.passes.base import RewriteRule
+from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
-from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name
+from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
@@ -39,6 +39,12 @@ class LayerDecision:
     fused: tuple[str, ...]
     choice: KernelChoice
 
+    @property
+    def tables(self) -> tuple[Side, ...]:
+        """The sides that the product reads or writes through an index table."""
+        sides: tuple[Side, ...] = ("input", "output")
+        return tuple(side for side in sides if f"{side}_permutation" in self.fused)
+
 
 class ChooseKernels(RewriteRule):
     """Lowers structured products; `decisions` tells what was chosen for each.
@@ -47,6 +53,8 @@ class ChooseKernels(RewriteRule):
         policy: "measure" takes the faster of sparse and dense; "sparse" and "dense" do not ask.
     """
 
+    effect = "folded"  # into the order of the dense weight's columns and rows
+
     def __init__(self, policy: Policy = "measure") -> None:
         self.policy = policy
         self.decisions: list[LayerDecision] = []
@@ -54,6 +62,12 @@ class ChooseKernels(RewriteRule):
     def uuid(self) -> str:
         """The rule's identity, with its policy."""
         return f"{super().uuid()}-{self.policy}"
+
+    def run(self, facts: Context) -> RuleReport:
+        """Choose for every product."""
+        report = super().run(facts)
+        report.tables_removed = sum(len(d.tables) for d in self.decisions if d.choice.kernel == "dense")
+        return report
 
     def matches(self, node: fx.Node) -> bool:
         """Any structured product."""
@@ -97,7 +111,7 @@ class _Call:
         assert result is not None
         assert x is not None
         self.dtype, self.device = result.dtype, result.device
-        self.tokens = token_bucket(_hint(x.shape[:-1]))
+        self.tokens = token_bucket(rows(x))
         self.shape = Shape(argument(node, "out_features"), int(x.shape[-1]))
 
     def static(self, name: str) -> torch.Tensor | None:
@@ -160,7 +174,6 @@ class _Call:
         return int(self.structure.pack(ones, topology).count_nonzero())
 
 
-_UNKNOWN_ROWS = 128  # stands for a size that depends on data
 _SIDES = (("in", "input_permutation"), ("out", "output_permutation"))
 
 
@@ -214,12 +227,3 @@ def _cast(call: _Call, node: Any) -> Any:
         return node
     cast = node.graph.call_function(torch.ops.aten.to.dtype, (node, call.dtype))
     return call.facts.hoist(cast)
-
-
-def _hint(sizes: Any) -> int:
-    """The number of rows that capture saw, symbolic or not."""
-    rows = 1
-    for size in sizes:
-        hint = size.node.hint if isinstance(size, torch.SymInt) else size
-        rows *= _UNKNOWN_ROWS if hint is None else int(hint)
-    return rows

@@ -68,9 +68,37 @@ def fake(node: object) -> torch.Tensor | None:
     return None
 
 
+_UNKNOWN_ROWS = 128  # stands for a size that depends on data
+
+
+def rows(x: torch.Tensor | None) -> int:
+    """How many rows of features capture saw, symbolic or not; one where it recorded nothing."""
+    count = 1
+    for size in () if x is None else x.shape[:-1]:
+        hint = getattr(size, "node", None)  # of a symbolic size
+        hint = size if hint is None else hint.hint
+        count *= _UNKNOWN_ROWS if hint is None else int(hint)
+    return count
+
+
 def fake_meta(node: fx.Node) -> dict[str, Any]:
     """The part of a node's meta that holds the fake tensor of its result."""
     return {key: node.meta[key] for key in ("example_value", "val") if key in node.meta}
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module over a copy of the graph, with what Dynamo attached for AOTAutograd."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # read by AOTAutograd
+    module = fx.GraphModule(gm, graph)
+    module.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        module._param_name_to_source = gm._param_name_to_source
+    return module
 
 
 def mutates(node: fx.Node) -> bool:

@@ -8,24 +8,25 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from padst_compile.errors import UnknownFieldError, UnsupportedGraphError
 from padst_compile.passes.absorb_bias import AbsorbBias
-from padst_compile.passes.base import RewriteRule, RuleReport
+from padst_compile.passes.base import Effect, Pass, RuleReport
 from padst_compile.passes.cancel_permutations import CancelPermutations
 from padst_compile.passes.choose_kernels import ChooseKernels, LayerDecision, Policy
 from padst_compile.passes.compose_permutations import ComposePermutations
 from padst_compile.passes.context import Context, static_tensors
-from padst_compile.passes.fold_into_linear import FoldIntoLinear
 from padst_compile.passes.fold_into_norm import FoldIntoNorm
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
-from padst_compile.passes.graph import PERMUTE, is_call
+from padst_compile.passes.graph import PERMUTE, is_call, layer_name
+from padst_compile.passes.place_permutations import PlacePermutations
 from padst_compile.passes.sparsify_linears import SparsifyLinears
 from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
@@ -33,13 +34,15 @@ from padst_compile.spec import SpecLike
 
 logger = logging.getLogger(__name__)
 
-RULES: tuple[type[RewriteRule], ...] = (
+Check: TypeAlias = "Callable[[str, fx.GraphModule, fx.GraphModule], None]"
+
+RULES: tuple[type[Pass], ...] = (
     ComposePermutations,
     FoldIntoNorm,
-    FoldIntoLinear,
     CancelPermutations,
     FuseInputPermutation,
     FuseOutputPermutation,
+    PlacePermutations,
     AbsorbBias,
     UnfoldPatches,
     TanhGate,
@@ -64,12 +67,17 @@ class PermutationAccount:
 
 @dataclasses.dataclass
 class PipelineReport:
-    """What every rule did, which kernels were chosen, and how long it took in seconds."""
+    """What every rule did, which kernels were chosen, and how long it took in seconds.
+
+    Attributes:
+        ended: for each permutation that is no operation any more, its layer and what the rule does that ended it.
+    """
 
     rules: list[RuleReport]
     decisions: list[LayerDecision]
     permutations: PermutationAccount
     seconds: float
+    ended: list[tuple[str, Effect]] = dataclasses.field(default_factory=list)
 
 
 class Pipeline:
@@ -79,44 +87,60 @@ class Pipeline:
         kernels: see `ChooseKernels`; None leaves structured products as they are.
         disabled: names of rules to leave out.
         dump: folder to write the graph to, before the first rule and after each that changed it.
+        check: called with a rule's name and the graphs before and after it, for each rule that changed the graph.
     """
 
-    def __init__(self, *, kernels: Policy | None = "measure", disabled: Sequence[str] = (), dump: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        kernels: Policy | None = "measure",
+        disabled: Sequence[str] = (),
+        dump: Path | None = None,
+        check: Check | None = None,
+    ) -> None:
         known = [rule.__name__ for rule in RULES]
         for name in disabled:
             if name not in known:
                 raise UnknownFieldError("pass", name, known)
-        self._kernels, self._disabled, self._dump = kernels, frozenset(disabled), dump
+        self._kernels, self._disabled, self._dump, self._check = kernels, frozenset(disabled), dump, check
 
     def uuid(self) -> str:
         """Identity of the rules and their options, for compiler caches."""
         return hashlib.sha256("/".join(rule.uuid() for rule in self._rules()).encode()).hexdigest()
 
-    def run(self, facts: Context, *, first: RewriteRule | None = None) -> PipelineReport:
+    def run(self, facts: Context, *, first: Pass | None = None) -> PipelineReport:
         """Apply the rules to `facts.module` in place."""
         start = time.perf_counter()
         rules = ([first] if first is not None else []) + self._rules()
         dumper = _Dumper(self._dump)
         dumper.write(facts.module, "captured")
+        checker = _Checker(self._check, facts.module)
         reports, total = [], _count_permutes(facts.module)
         removed: collections.Counter[str] = collections.Counter()
+        ended: list[tuple[str, Effect]] = []
         for rule in rules:
-            before = _count_permutes(facts.module)
+            before = _permuted_layers(facts.module)
             report = rule.run(facts)
             reports.append(report)
-            removed[rule.effect] += before - _count_permutes(facts.module)
+            gone = before - _permuted_layers(facts.module)
+            ended += [(layer, rule.effect) for layer in gone.elements()]
+            from_kernels = min(report.tables_removed, removed["fused"])  # one permutation may have become two tables
+            removed[rule.effect] += before.total() - _count_permutes(facts.module) + from_kernels
+            removed["fused"] -= from_kernels
             if rule is first:
                 total = _count_permutes(facts.module)
             logger.debug("%s: %d rewritten, %d refused", rule.name, report.rewritten, len(report.refusals))
             if report.rewritten:
                 dumper.write(facts.module, rule.name)
+                checker.compare(facts.module, rule.name)
         facts.module.graph.lint()
         facts.module.recompile()
         decisions = [d for rule in rules if isinstance(rule, ChooseKernels) for d in rule.decisions]
-        return PipelineReport(reports, decisions, _account(removed, total, facts.module), time.perf_counter() - start)
+        account = _account(removed, total, facts.module)
+        return PipelineReport(reports, decisions, account, time.perf_counter() - start, ended)
 
-    def _rules(self) -> list[RewriteRule]:
-        rules: list[RewriteRule] = []
+    def _rules(self) -> list[Pass]:
+        rules: list[Pass] = []
         for rule in RULES:
             if rule.__name__ in self._disabled or (rule is ChooseKernels and self._kernels is None):
                 continue
@@ -170,6 +194,11 @@ def _inputs(module: fx.GraphModule, example_inputs: Sequence[object] | None) -> 
     return static_tensors(module.graph, list(example_inputs))
 
 
+def _permuted_layers(module: fx.GraphModule) -> collections.Counter[str]:
+    """The layers whose permutations are operations of their own, and how many."""
+    return collections.Counter(layer_name(node) for node in module.graph.nodes if is_call(node, PERMUTE))
+
+
 def _count_permutes(module: fx.GraphModule) -> int:
     return sum(is_call(node, PERMUTE) for node in module.graph.nodes)
 
@@ -177,6 +206,27 @@ def _count_permutes(module: fx.GraphModule) -> int:
 def _account(removed: Mapping[str, int], total: int, module: fx.GraphModule) -> PermutationAccount:
     counts = {name: removed.get(name, 0) for name in ("composed", "cancelled", "folded", "fused")}
     return PermutationAccount(total=total, remaining=_count_permutes(module), **counts)
+
+
+class _Checker:
+    """Hands a check the graph before and after every rule."""
+
+    def __init__(self, check: Check | None, module: fx.GraphModule) -> None:
+        self._check = check
+        self._before = module if check is None else _copy(module)
+
+    def compare(self, module: fx.GraphModule, rule: str) -> None:
+        """Called after each rule that changed the graph."""
+        if self._check is not None:
+            after = _copy(module)
+            self._check(rule, self._before, after)
+            self._before = after
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
 
 
 class _Dumper:

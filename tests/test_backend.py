@@ -261,8 +261,8 @@ def test_inductor_receives_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_disabled_passes_do_not_run() -> None:
-    report = compilation(net(), sample(), {"disable": ["FuseInputPermutation", "FoldIntoLinear"]}).report
-    assert not {"FuseInputPermutation", "FoldIntoLinear"} & {rule.rule for rule in report.rules}
+    report = compilation(net(), sample(), {"disable": ["FuseInputPermutation", "PlacePermutations"]}).report
+    assert not {"FuseInputPermutation", "PlacePermutations"} & {rule.rule for rule in report.rules}
     assert report.permutations.remaining == 2
 
 

@@ -24,7 +24,6 @@ from padst_compile.passes.graph import (
     switches_mode,
     written_inputs,
 )
-from padst_compile.passes.pointwise import is_unary_pointwise
 
 aten = torch.ops.aten
 
@@ -168,38 +167,3 @@ def test_inputs_that_a_graph_writes(body: Callable[[Any, Any], Any], written: se
     facts = Context(module, {}, inference=True)
     for node in module.graph.find_nodes(op="get_attr"):
         assert facts.is_static(node) is (node.target not in written)
-
-
-@pytest.mark.parametrize(
-    ("call", "expected"),
-    [
-        (lambda x: F.gelu(x), True),  # noqa: PLW0108  # only Python functions can be traced
-        (lambda x: x * 2, True),
-        (lambda x: 2 - x, True),
-        (lambda x: x * x, True),
-        (lambda x: x.sigmoid(), True),
-        (lambda x: x.to_sparse(), False),
-        (lambda x: F.softmax(x, -1), False),
-        (lambda x: x.sum(), False),
-        (lambda x: x.flip(-1), False),
-        (lambda x: torch.mul(x, torch.ones(4)), False),
-        (lambda x: F.dropout(x, 0.5, False), True),
-        (lambda x: F.dropout(x, 0.0, True), True),
-        (lambda x: F.dropout(x, 0.5, True), False),
-        (lambda x: F.dropout(x), False),  # noqa: PLW0108  # only Python functions can be traced
-        (lambda x: F.relu(x, inplace=True), False),
-    ],
-)
-def test_pointwise_functions_of_one_tensor(call: Callable[[Any], Any], expected: bool) -> None:
-    assert is_unary_pointwise(last_call(call)) is expected
-
-
-@pytest.mark.parametrize(
-    ("module", "expected"),
-    [
-        (nn.GELU(), True), (nn.SiLU(), True), (nn.Identity(), True), (nn.Dropout().eval(), True), (nn.Dropout().train(), False),
-        (nn.ReLU(inplace=True), False), (nn.Softmax(-1), False), (nn.LayerNorm(4), False), (nn.PReLU(4), False),
-    ],
-)  # fmt: skip
-def test_pointwise_modules(module: nn.Module, expected: bool) -> None:
-    assert is_unary_pointwise(last_call(nn.Sequential(module).train(module.training))) is expected

@@ -18,17 +18,18 @@ PACKAGE = "padst_compile"
 
 # Every unit may import itself and what stands before it. A unit is a module or folder directly under the package;
 # `__init__` is the package's own file, whose names only what stands after it may use. What judges the compiler
-# (`verify`, `testing`) stands before the kernels and the passes, so that it shares no code with them.
+# (`equivalence`) stands before the kernels and the passes, so that it shares no code with them; `testing`, which runs the
+# compiler, stands after it.
 LAYERS = (
     "errors",
     "files",
     "permutation",
+    "tolerance",
     "structures",
     "distribution",
     "spec",
     "planning",
-    "verify",
-    "testing",
+    "equivalence",
     "kernels",
     "autotune",
     "layers",
@@ -37,7 +38,10 @@ LAYERS = (
     "options",
     "specialization",
     "backend",
+    "testing",
+    "permutation_fates",
     "explain",
+    "foldable",
     "__init__",
     "benchmarking",
     "doctor",

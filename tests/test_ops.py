@@ -163,6 +163,20 @@ def test_any_number_of_tokens_and_leading_dimensions(
     assert_exact(problem(structure, shape, dtype), inputs(shape, *leading, dtype=dtype))
 
 
+@each_dtype
+@each_case
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=str)
+def test_a_result_may_be_written_to_in_place(
+    structure: Structure, shape: Shape, dtype: torch.dtype, leading: tuple[int, ...]
+) -> None:
+    """As `ReLU(inplace=True)` behind a layer does."""
+    product, x = problem(structure, shape, dtype, bias=False, into=False, out=False), inputs(shape, *leading, dtype=dtype)
+    direction = torch.ones(*leading, shape.out_features, dtype=dtype)
+    found = product.gradients(product(x).mul_(2), x, direction)
+    expected = product.gradients(product(x) * 2, x, direction)
+    assert all(torch.equal(now, then) for now, then in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @each_case
 def test_an_input_that_is_not_contiguous(structure: Structure, shape: Shape, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from padst_compile.passes.graph import PERMUTE
 from padst_compile.passes.hoist_constants import evaluate, hoist_constants
 from padst_compile.passes.pipeline import Pipeline
 from padst_compile.permutation import inverse
+from padst_compile.testing.capture import capture
 
 N = 6
 
@@ -85,3 +86,26 @@ def test_a_permutation_and_its_inverse_cancel_and_the_composed_table_can_be_chec
     split.relied_on.other.copy_(table)
     (changed,) = evaluate(split.relied_on, [])
     assert not torch.equal(changed, split.expected[0])
+
+
+PAIRS: dict[str, Callable[[Any, Any], Any]] = {
+    "there and back": lambda m, x: PERMUTE(PERMUTE(x + 1, m.table), torch.argsort(m.table).int()) * 2,
+    "back and there": lambda m, x: PERMUTE(PERMUTE(x + 1, m.table.argsort().to(torch.int32)), m.table) * 2,
+}
+NO_PAIRS: dict[str, Callable[[Any, Any], Any]] = {
+    "another table": lambda m, x: PERMUTE(PERMUTE(x + 1, m.table), torch.argsort(m.other).int()) * 2,
+    "the same twice": lambda m, x: PERMUTE(PERMUTE(x + 1, m.table), m.table) * 2,
+    "descending": lambda m, x: PERMUTE(PERMUTE(x + 1, m.table), torch.argsort(m.table, descending=True).int()) * 2,
+}
+
+
+@pytest.mark.parametrize("case", [*PAIRS, *NO_PAIRS])
+def test_a_table_and_its_argsort_cancel_while_training(case: str) -> None:
+    model = Model({**PAIRS, **NO_PAIRS}[case], torch.tensor([2, 0, 1, 4, 5, 3]).int())
+    x = torch.arange(3 * N).reshape(3, N).double()
+    captured = capture(model, x)  # a symbolic trace would compute the tables
+    facts = captured.context(inference=False)
+    Pipeline(kernels=None).run(facts)
+    assert len(facts.module.graph.find_nodes(op="call_function", target=PERMUTE)) == (1 if case in NO_PAIRS else 0)
+    assert not facts.assumed
+    assert torch.equal(facts.module(*captured.inputs)[0], model(x))

@@ -21,7 +21,6 @@ from padst_compile.passes.cancel_permutations import CancelPermutations
 from padst_compile.passes.choose_kernels import ChooseKernels
 from padst_compile.passes.compose_permutations import ComposePermutations
 from padst_compile.passes.context import Context
-from padst_compile.passes.fold_into_linear import FoldIntoLinear
 from padst_compile.passes.fold_into_norm import FoldIntoNorm
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
@@ -69,11 +68,6 @@ class Normed(Tables):
         return PERMUTE(F.layer_norm(PERMUTE(x, self.p), (SIZE,), self.bias, self.bias), self.q) * 2
 
 
-class Dense(Tables):
-    def forward(self, x: Any) -> Any:
-        return PERMUTE(F.linear(x, self.weight, self.bias), self.p) * 2
-
-
 class PermutedInput(Tables):
     def forward(self, x: Any) -> Any:
         return self.product(PERMUTE(x, self.p), self.bias) * 2
@@ -93,7 +87,6 @@ RULES: list[tuple[Callable[[], RewriteRule], type[Tables]]] = [
     (ComposePermutations, Composed),
     (CancelPermutations, Cancelled),
     (FoldIntoNorm, Normed),
-    (FoldIntoLinear, Dense),
     (FuseInputPermutation, PermutedInput),
     (FuseOutputPermutation, PermutedOutput),
     (AbsorbBias, Biased),
@@ -193,9 +186,7 @@ def test_arguments_given_by_keyword_are_understood(rule: Callable[[], RewriteRul
 
 
 @pytest.mark.parametrize("kind", WRITES)
-@pytest.mark.parametrize(
-    ("rule", "model"), [pair for pair in RULES if pair[0] is not FoldIntoLinear], ids=lambda value: value.__name__
-)
+@pytest.mark.parametrize(("rule", "model"), RULES, ids=lambda value: value.__name__)
 def test_a_write_between_the_two_calls_stops_the_rule(rule: Callable[[], RewriteRule], model: type[Tables], kind: str) -> None:
     facts = traced(model())
     nodes = list(facts.module.graph.nodes)
@@ -206,26 +197,6 @@ def test_a_write_between_the_two_calls_stops_the_rule(rule: Callable[[], Rewrite
     report = rule().run(facts)
     assert report.rewritten == 0
     assert [r.reason for r in report.refusals if "writes in place" in r.reason], report.refusals
-
-
-def test_a_dense_layer_stays_where_it_is_so_a_later_write_to_its_input_does_no_harm() -> None:
-    facts, x = traced(Dense()), sample()
-    linear = next(node for node in facts.module.graph.nodes if node.target is F.linear)
-    insert_write(facts.module.graph, linear, linear.args[0], "x.add_")
-    facts.module.recompile()
-    expected = facts.module(x.clone())
-    assert FoldIntoLinear().run(facts).rewritten == 1
-    facts.module.recompile()
-    assert torch.equal(facts.module(x.clone()), expected)
-
-
-def test_a_write_to_the_result_of_a_dense_layer_keeps_its_permutation() -> None:
-    facts = traced(Dense())
-    linear = next(node for node in facts.module.graph.nodes if node.target is F.linear)
-    insert_write(facts.module.graph, linear, linear, "operator.iadd")
-    report = FoldIntoLinear().run(facts)
-    assert report.rewritten == 0
-    assert "readers" in report.refusals[0].reason
 
 
 @pytest.mark.parametrize("rule", [ComposePermutations, FuseInputPermutation, FuseOutputPermutation, FoldIntoNorm, AbsorbBias])
@@ -281,16 +252,6 @@ def test_a_table_computed_from_the_input_moves_but_is_not_made_a_constant() -> N
     assert facts.module.graph.find_nodes(op="call_function", target=PERMUTE) == []
     assert torch.equal(facts.module(x), expected)
     assert not any(node.meta.get("padst_hoisted") for node in facts.module.graph.nodes)
-
-
-def test_a_parameter_that_the_graph_writes_is_no_constant() -> None:
-    class Decaying(Tables):
-        def forward(self, x: Any) -> Any:
-            torch.ops.aten.mul_.Tensor(torch.ops.aten.detach.default(self.weight), 2)
-            return PERMUTE(F.linear(x, self.weight, self.bias), self.p) * 2
-
-    report = FoldIntoLinear().run(traced(Decaying()))
-    assert report.rewritten == 0
 
 
 def test_uuids_differ_between_rules_and_between_policies() -> None:

@@ -96,6 +96,7 @@ def specs(draw: st.DrawFn) -> SparsitySpec:
         draw(sparsities()) if natural is None else draw(st.sampled_from((None, natural))),
         permutation=draw(st.sampled_from(("none", "random", "learned"))),
         permutation_side=draw(st.sampled_from(("input", "output", "smaller"))),
+        permutation_group=draw(st.sampled_from(("any", "foldable"))),
         distribution=draw(st.sampled_from(("uniform", "erk") if natural is None else ("uniform",))),
         targets=draw(patterns),
         ignore=draw(st.one_of(patterns, st.just(DEFAULT_IGNORE))),
