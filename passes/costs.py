@@ -2,13 +2,13 @@
 
 What a permutation of n features costs at each call, by where it is put, in bytes of memory traffic that take as long:
 
-    fold       1                                                            the parameters' order, made once
+    fold       1 + parameters / 1000                                        the parameters' order, made once
     load       n·(table + T·kernel_gather)                                  while a kernel reads its input
     store      n·(table + T·kernel_gather)                                  while a kernel writes its output
     separate   n·(table + T·(2·element + separate_gather)) + dispatch       an op of its own: reads and writes everything
 
-A fold moves nothing when the model runs. It costs one byte, so that doing nothing wins a tie against reordering
-parameters, and nothing else loses one. Kernels of N:M and diagonal layers find every row through an index anyway: for them
+A fold moves nothing when the model runs, but the reordered copy takes memory: as if it were made anew every thousand
+calls, and one byte, so that doing nothing wins a tie. Kernels of N:M and diagonal layers find every row through an index anyway: for them
 `kernel_gather` is 0. A layer that runs dense has its columns and rows reordered: a fold. Outside the CPU no kernel of ours
 gathers, so that load and store are ops of their own.
 
@@ -29,6 +29,7 @@ TOKENS = sympy.Symbol("T", integer=True, positive=True)
 """Rows of the activations in one call."""
 
 _FOLD = sympy.Integer(1)
+_CALLS_PER_COPY = 1000
 _TABLE_BYTES = 4  # an int32 index
 
 
@@ -52,9 +53,9 @@ class CostModel:
     separate_gather: int = 8
     dispatch: int = 140_000
 
-    def fold(self, n: int) -> sympy.Expr:
+    def fold(self, n: int, parameter_bytes: int = 0) -> sympy.Expr:
         """Parameters of `n` features stored in another order."""
-        return _FOLD
+        return _FOLD + parameter_bytes // _CALLS_PER_COPY
 
     def load(self, n: int, kind: Kind) -> sympy.Expr:
         """`n` features gathered by the kernel of a layer while it reads them."""

@@ -260,11 +260,18 @@ class Placement:
         return labelling.Factor(leaves, cost, link.node.name)
 
     def _static_factors(self, domains: Mapping[Axis, Sequence[Label]]) -> list[labelling.Factor[Label]]:
-        """Reordered parameters: next to nothing, so that doing nothing wins ties."""
-        folds = collections.Counter(
-            leaf for use in self.graph.statics for axis in use.axes for leaf in self.freedom.leaves(axis) if leaf in domains
-        )
-        return [self._fold_factor(leaf, count * int(costs.CostModel().fold(int(leaf.size)))) for leaf, count in folds.items()]
+        """Reordered copies of parameters: cheap, but dear enough that nothing is copied for nothing."""
+        prices: collections.Counter[Axis] = collections.Counter()
+        for use in self.graph.statics:
+            size = self._bytes(use.node)
+            for leaf in dict.fromkeys(leaf for axis in use.axes for leaf in self.freedom.leaves(axis) if leaf in domains):
+                prices[leaf] += int(costs.CostModel().fold(int(leaf.size), size))
+        return [self._fold_factor(leaf, price) for leaf, price in prices.items()]
+
+    def _bytes(self, node: fx.Node) -> int:
+        value = fake(node)
+        value = self._facts.value(node) if value is None else value
+        return int(value.numel()) * value.element_size()
 
     def _fold_factor(self, leaf: Axis, price: int) -> labelling.Factor[Label]:
         identity = self.freedom.identity(leaf)
@@ -278,7 +285,6 @@ class _Rewriting:
         self._facts, self._problem, self._labels = facts, problem, labels
         self._constants: dict[bytes, fx.Node] = {}
         self._device = self._find_device()  # now: a node that was erased has no arguments
-        self._anchor = next(node for node in facts.module.graph.nodes if node.op != "placeholder")
 
     def apply(self) -> tuple[int, int]:
         """Rewrite all that an order reaches; how many nodes changed, and by how many there are fewer tables of products."""
@@ -376,8 +382,10 @@ class _Rewriting:
                 name += "_"
             # No buffer: AOTAutograd expects Dynamo to have named the source of each.
             setattr(module, name, torch.from_numpy(order.copy()).to(self._device))
-            with module.graph.inserting_before(self._anchor):
-                self._constants[key] = module.graph.create_node("get_attr", name)
+            first = next(node for node in module.graph.nodes if node.op != "placeholder")
+            with module.graph.inserting_before(first):
+                # Hoisted even where a kernel reads it as it is: AOTAutograd takes no tensor that is not an input.
+                self._constants[key] = self._facts.hoist(module.graph.create_node("get_attr", name))
         return self._constants[key]
 
     def _find_device(self) -> torch.device:
