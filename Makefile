@@ -37,6 +37,8 @@ format: $(VENV)/.installed-dev ## rewrite what ruff can
 bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/layers.py
 	$(PY) benchmarks/models.py
+	$(PY) benchmarks/permute_costs.py
+	$(PY) benchmarks/pass_time.py
 
 clean: ## remove environments, builds and caches
 	rm -rf .venv .venv-oldest build dist *.egg-info .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -26,6 +26,7 @@ from padst_compile.passes.context import Context, static_tensors
 from padst_compile.passes.graph import copy_graph, layer_name
 from padst_compile.passes.pipeline import Pipeline
 from padst_compile.passes.place_permutations import Placement, Site
+from padst_compile.passes.why_left import in_words
 from padst_compile.permutation import identity
 from padst_compile.planning import LayerPlan
 from padst_compile.spec import SparsitySpec, SpecLike
@@ -198,7 +199,7 @@ def _reason(placement: Placement, site: Site, group: OrderGroup, blocking: list[
         return f"the order is fixed: {pinned}"
     if blocking:
         return f"{layer_name(blocking[0].node)} would need an index table"
-    return f"the graph divides the features as {site.axis!r}"
+    return f"the graph divides the features as {in_words(site.axis)}"
 
 
 def _called_again(group: FoldableGroup) -> FoldableGroup:
