@@ -35,6 +35,7 @@ class AbsorbBias(RewriteRule):
     def why_not(self, node: fx.Node, facts: Context) -> str | None:
         """The product must be bias-free and read by this sum alone, the addend a vector of parameters."""
         linear, addend = _terms(node)
+        addend = _uncast(addend)
         assert isinstance(linear, fx.Node)
         if argument(linear, "bias") is not None:
             return "the product has a bias already"
@@ -55,10 +56,21 @@ class AbsorbBias(RewriteRule):
         """Give the product its bias, at the place of the sum, where the addend is known."""
         linear, addend = _terms(node)
         assert isinstance(linear, fx.Node)
-        set_arguments(linear, bias=addend)
+        set_arguments(linear, bias=_uncast(addend))
         node.replace_all_uses_with(linear)
         node.prepend(linear)
         node.graph.erase_node(node)
+        if addend is not _uncast(addend) and not addend.users:
+            node.graph.erase_node(addend)
+
+
+def _uncast(addend: Any) -> Any:
+    """What an addend is without a cast to the dtype that it has already, as a layer that permutes its output writes."""
+    if not isinstance(addend, fx.Node) or addend.op != "call_method" or addend.target != "to" or addend.kwargs:
+        return addend
+    source, *rest = addend.args
+    known = fake(source)
+    return source if known is not None and rest == [known.dtype] else addend
 
 
 def _terms(node: fx.Node) -> tuple[Any, ...]:

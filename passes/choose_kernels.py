@@ -21,6 +21,7 @@ from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
+from padst_compile.passes.native_calls import epilogue
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
 Policy: TypeAlias = Literal["measure", "sparse", "dense"]
@@ -47,7 +48,7 @@ class LayerDecision:
 
 
 class ChooseKernels(RewriteRule):
-    """Lowers structured products; `decisions` tells what was chosen for each.
+    """Lowers structured products; `decisions` tells what was chosen for each, and what later rules fused with it.
 
     Args:
         policy: "measure" takes the faster of sparse and dense; "sparse" and "dense" do not ask.
@@ -57,7 +58,15 @@ class ChooseKernels(RewriteRule):
 
     def __init__(self, policy: Policy = "measure") -> None:
         self.policy = policy
-        self.decisions: list[LayerDecision] = []
+        self._decided: list[tuple[LayerDecision, fx.Node | None]] = []
+
+    @property
+    def decisions(self) -> list[LayerDecision]:
+        """One for each structured product, in the order of the graph; a native call's epilogue is read when this is asked."""
+        return [
+            decision if native is None else dataclasses.replace(decision, fused=decision.fused + epilogue(native))
+            for decision, native in self._decided
+        ]
 
     def uuid(self) -> str:
         """The rule's identity, with its policy."""
@@ -84,11 +93,12 @@ class ChooseKernels(RewriteRule):
         """Decide, then rewrite."""
         call = _Call(node, facts)
         choice = self._choose(call)
-        self.decisions.append(call.decision(choice))
+        decision, native = call.decision(choice), None
         if choice.kernel == "dense":
             _lower_to_dense(call)
         elif facts.inference and choice.kernel == "native":
-            _lower_to_native(call)
+            native = _lower_to_native(call)
+        self._decided.append((decision, native))
 
     def _choose(self, call: _Call) -> KernelChoice:
         if isinstance(call.structure, Unstructured):
@@ -177,7 +187,7 @@ class _Call:
 _SIDES = (("in", "input_permutation"), ("out", "output_permutation"))
 
 
-def _lower_to_native(call: _Call) -> None:
+def _lower_to_native(call: _Call) -> fx.Node:
     node, graph = call.node, call.node.graph
     names = ("x", "values", "bias")
     with graph.inserting_before(node):
@@ -192,6 +202,7 @@ def _lower_to_native(call: _Call) -> None:
     native.meta = dict(node.meta)
     node.replace_all_uses_with(native)
     graph.erase_node(node)
+    return native
 
 
 def _lower_to_dense(call: _Call) -> None:

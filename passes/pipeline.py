@@ -23,10 +23,14 @@ from padst_compile.passes.choose_kernels import ChooseKernels, LayerDecision, Po
 from padst_compile.passes.compose_permutations import ComposePermutations
 from padst_compile.passes.context import Context, static_tensors
 from padst_compile.passes.fold_into_norm import FoldIntoNorm
+from padst_compile.passes.fuse_activation import FuseActivation
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
+from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import PERMUTE, is_call, layer_name
 from padst_compile.passes.place_permutations import PlacePermutations
+from padst_compile.passes.recognize_gelu import RecognizeGelu
+from padst_compile.passes.remove_dropout import RemoveDropout
 from padst_compile.passes.sparsify_linears import SparsifyLinears
 from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
@@ -45,8 +49,12 @@ RULES: tuple[type[Pass], ...] = (
     PlacePermutations,
     AbsorbBias,
     UnfoldPatches,
-    TanhGate,
+    RemoveDropout,
+    RecognizeGelu,
     ChooseKernels,
+    FuseActivation,
+    FuseResidual,
+    TanhGate,
 )
 
 

@@ -7,6 +7,8 @@ import hashlib
 import itertools
 import os
 import pathlib
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from padst_compile.kernels import native
+from padst_compile.kernels.native import minimax
 from padst_compile.structures.base import Shape, Structure, Topology
 from padst_compile.structures.block import Block
 from padst_compile.structures.diagonal import Diagonal
@@ -42,6 +45,55 @@ SHAPES = (
     Shape(301, 300),
 )
 
+UNIT = torch.finfo(torch.float32).eps / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """What an activation is, and how far the kernel may be off.
+
+    Attributes:
+        exact: the function in float64.
+        slope: a bound of its derivative.
+        relative: error of the kernel in units of 2^-24 of the result, per value.
+        tiny: where results are that small, the kernel may return the same for all of them.
+    """
+
+    exact: Callable[[torch.Tensor], torch.Tensor]
+    slope: float = 1.0
+    relative: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
+    tiny: float = 0.0
+
+    def error(self, x: torch.Tensor, off: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """The bound for arguments that are themselves off by up to `off`."""
+        result = self.exact(x).abs() + self.slope * off
+        return self.relative(x) * UNIT * result + self.tiny
+
+
+def _exact_gelu(x: torch.Tensor) -> torch.Tensor:
+    """`x Phi(x)` by the complementary error function, which is accurate for negative x where `1 + erf` is not."""
+    return x * 0.5 * torch.special.erfc(-x * 0.5**0.5)
+
+
+def _tanh_exponent(x: torch.Tensor) -> torch.Tensor:
+    return 2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+
+
+# In units of 2^-24, to first order. exp: 1.3 for its polynomial, 1 for its argument, 2 for Horner's rule, which roundings of
+# the first coefficients dominate. A sigmoid: one exp, a sum and a quotient, 1 each. The argument of gelu_tanh: 2 constants,
+# 2 products and a sum of positive terms, 5 in all, times itself, because that is the relative slope of exp. gelu: t is off
+# by 2, which its function of t multiplies by up to 2.4; that function's polynomial by 3, and 3 products; twice the sum for
+# positive x, where half of x may cancel; and the last difference.
+ACTIVATIONS = {
+    "none": Activation(lambda x: x),
+    "relu": Activation(lambda x: x.clamp(min=0)),
+    "gelu": Activation(_exact_gelu, 1.13, lambda x: torch.full_like(x, 2 * (4.3 + 4.8 + 3 + 3) + 1), 2e-38),
+    "gelu_tanh": Activation(
+        lambda x: x * torch.sigmoid(_tanh_exponent(x)), 1.13, lambda x: 6.3 + 5 * _tanh_exponent(x.clamp(max=0)).abs(), 1e-36
+    ),
+    "silu": Activation(lambda x: x * torch.sigmoid(x), 1.1, lambda x: torch.full_like(x, 6.3), 2e-36),
+}
+
 needs_native = pytest.mark.skipif(not native.load(), reason=f"no native kernels: {native.unavailable_reason()}")
 
 
@@ -56,6 +108,8 @@ class Layer:
     bias: torch.Tensor | None = None
     input_permutation: torch.Tensor | None = None
     output_permutation: torch.Tensor | None = None
+    activation: str = "none"
+    residual: torch.Tensor | None = None
 
     @classmethod
     def random(cls, structure: Structure, shape: Shape, dtype: torch.dtype, sparsity: float = 0.6) -> Layer:
@@ -78,13 +132,15 @@ class Layer:
         op = getattr(torch.ops.padst_native, f"{self.structure.kind}_linear")
         sizes = (self.structure.n, self.structure.m) if isinstance(self.structure, NM) else ()
         extras = (self.bias, self.input_permutation, self.output_permutation)
-        result: torch.Tensor = op(x, self.values, *self.topology, *extras, self.shape.out_features, *sizes)
+        epilogue = (self.activation, self.residual)
+        result: torch.Tensor = op(x, self.values, *self.topology, *extras, self.shape.out_features, *sizes, *epilogue)
         return result
 
     def check(self, x: torch.Tensor) -> None:
         """Compares with float64, within the error bound of a float32 dot product and one rounding to the dtype.
 
-        A sum of k products in float32, in any order, is off by at most gamma(k) * sum |x_i w_i| (Higham, section 3.1).
+        A sum of k products in float32, in any order, is off by at most gamma(k) * sum |x_i w_i| (Higham, section 3.1). An
+        activation enlarges that by no more than its steepest slope, and adds its own error; a residual adds a rounding.
         """
         weight = self.structure.unpack(self.values.double(), self.topology, self.shape)
         wide = x.double() if self.input_permutation is None else x.double()[..., self.input_permutation.long()]
@@ -97,6 +153,12 @@ class Layer:
         unit = torch.finfo(torch.float32).eps / 2
         terms = self.shape.in_features + 2
         bound = terms * unit / (1 - terms * unit) * magnitude
+        activation = ACTIVATIONS[self.activation]
+        bound = activation.slope * bound + activation.error(exact, bound)
+        exact = activation.exact(exact)
+        if self.residual is not None:
+            exact = exact + self.residual.double()
+            bound = bound + (exact.abs() + bound) * unit
         rounding = torch.finfo(x.dtype)
         bound = bound + (exact.abs() + bound) * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
 
@@ -179,6 +241,77 @@ class TestAccuracy:
 
 
 @needs_native
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.to_string())
+class TestEpilogue:
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activation_and_residual(self, structure: Structure, dtype: torch.dtype, activation: str) -> None:
+        for shape in (shape for shape in (Shape(70, 70), Shape(33, 131), Shape(300, 7)) if fits(structure, shape)):
+            layer = dataclasses.replace(Layer.random(structure, shape, dtype), activation=activation)
+            for tokens, (bias, permute_out, add) in itertools.product((0, 3, 70), itertools.product((False, True), repeat=3)):
+                residual = torch.randn(tokens, shape.out_features).to(dtype) if add else None
+                layer = dataclasses.replace(layer.with_extras(bias, False, permute_out), residual=residual)
+                layer.check(torch.randn(tokens, shape.in_features).to(dtype) * 4)
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_few_tokens(self, structure: Structure, dtype: torch.dtype, threads: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            layer = Layer.random(structure, Shape(131, 300), dtype)
+            for tokens, permute_out in itertools.product(range(1, 10), (False, True)):
+                residual = torch.randn(tokens, 131).to(dtype)
+                layer = dataclasses.replace(layer.with_extras(True, True, permute_out), activation="gelu", residual=residual)
+                layer.check(torch.randn(tokens, 300).to(dtype))
+        finally:
+            torch.set_num_threads(before)
+
+    def test_strided_residual(self, structure: Structure, dtype: torch.dtype) -> None:
+        layer = Layer.random(structure, Shape(70, 70), dtype)
+        for residual in (torch.randn(70, 9).T, torch.randn(9, 140)[:, ::2], torch.randn(1, 70).expand(9, 70)):
+            layer = dataclasses.replace(layer, activation="silu", residual=residual.to(dtype))
+            layer.check(torch.randn(70, 9).T.to(dtype))
+
+
+def multiply_by_one(structure: Structure, activation: str, dtype: torch.dtype) -> Layer:
+    """A layer 64 -> 64 that leaves the activation alone."""
+    topology = structure.choose(torch.eye(64), 63 / 64)
+    return Layer(structure, Shape(64, 64), structure.pack(torch.eye(64), topology).to(dtype), topology, activation=activation)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+class TestActivations:
+    @pytest.mark.parametrize("structure", [Block(1), Diagonal()], ids=lambda s: s.to_string())
+    def test_accuracy(self, name: str, dtype: torch.dtype, structure: Structure) -> None:
+        near, far = torch.linspace(-20, 20, 64 * 4000), torch.logspace(-37, 36, 64 * 500)
+        x = torch.cat([near, far, -far]).to(dtype)
+        x = x[x.isfinite()]
+        x = x[: len(x) // 64 * 64].reshape(-1, 64)
+        y, wide, activation = multiply_by_one(structure, name, dtype)(x), x.double(), ACTIVATIONS[name]
+        exact, rounding = activation.exact(wide), torch.finfo(dtype)
+        bound = activation.error(wide)
+        bound = bound + (exact.abs() + bound) * rounding.eps / 2 + rounding.smallest_normal * rounding.eps
+        assert bool(((y.double() - exact).abs() <= bound).all())
+
+    def test_limits(self, name: str, dtype: torch.dtype) -> None:
+        x = torch.tensor([[float("inf")], [float("nan")], [0.0], [1e4]]).to(dtype).expand(4, 64)
+        assert torch.equal(multiply_by_one(Diagonal(), name, dtype)(x).nan_to_num(1.0, 2.0), x.nan_to_num(1.0, 2.0))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_permutations_of_any_width_and_any_number_of_tokens(dtype: torch.dtype) -> None:
+    for features in (*range(1, 40), 97, 530):
+        for shape, permute_out in ((Shape(24, features), False), (Shape(features, 24), True)):
+            layer = Layer.random(Block(16), shape, dtype).with_extras(True, not permute_out, permute_out)
+            for tokens in range(1, 10):
+                layer.check(torch.randn(tokens, shape.in_features).to(dtype))
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestBlockEdges:
     def test_empty_block_rows_give_the_bias(self, dtype: torch.dtype) -> None:
@@ -253,6 +386,11 @@ class TestArguments:
             dataclasses.replace(layer, values=layer.values[:-1])(x)
         with pytest.raises(RuntimeError, match="Double"):
             dataclasses.replace(layer, values=layer.values.double())(x.double())
+        with pytest.raises(RuntimeError, match="activation must be"):
+            dataclasses.replace(layer, activation="tanh")(x)
+        for residual in (torch.randn(8, 63), torch.randn(64), torch.randn(8, 64).bfloat16()):
+            with pytest.raises(RuntimeError, match="residual"):
+                dataclasses.replace(layer, residual=residual)(x)
         with pytest.raises(RuntimeError, match="offsets|row_pointers"):
             dataclasses.replace(layer, topology=tuple(t.long() for t in layer.topology))(x)
 
@@ -265,7 +403,8 @@ class TestOperators:
         op = getattr(torch.ops.padst_native, f"{structure.kind}_linear").default
         sizes = (structure.n, structure.m) if isinstance(structure, NM) else ()
         extras = (layer.bias, layer.input_permutation, layer.output_permutation)
-        arguments = (torch.randn(2, 5, 64).bfloat16(), layer.values, *layer.topology, *extras, 48, *sizes)
+        epilogue = ("gelu", torch.randn(2, 5, 48).bfloat16())
+        arguments = (torch.randn(2, 5, 64).bfloat16(), layer.values, *layer.topology, *extras, 48, *sizes, *epilogue)
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
     def test_compiles_with_dynamic_tokens_and_strided_input(self, structure: Structure) -> None:
@@ -299,6 +438,7 @@ def output_of(process: subprocess.Popen[str]) -> str:
 REPORT = """
 import warnings, torch
 from padst_compile.kernels import native
+from padst_compile.kernels.native import minimax
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     answers = [native.load() for _ in range(3)]
@@ -326,11 +466,11 @@ class Report:
 
 
 def compiler(folder: pathlib.Path) -> str:
-    """The path of a C++ compiler in `folder`, which fails where COMPILER_FAILS is set."""
+    """The path of a C++ compiler in `folder`, which fails where COMPILER_FAILS is set, and adds COMPILER_FLAGS."""
     script = folder / "compiler"
     script.write_text(
         '#!/bin/sh\nif [ -n "$COMPILER_FAILS" ] && [ "$1" != --version ]; then\n'
-        'echo "x.cpp:1: error: out of order" >&2\nexit 1\nfi\nexec c++ "$@"\n'
+        'echo "x.cpp:1: error: out of order" >&2\nexit 1\nfi\nexec c++ "$@" $COMPILER_FLAGS\n'
     )
     script.chmod(0o755)
     return str(script)
@@ -421,6 +561,14 @@ class TestLoader:
         assert report.warnings == 1 and "micro-kernel" in report.text
 
 
+def test_polynomials_are_the_minimax_ones() -> None:
+    source = (pathlib.Path(minimax.__file__).parent / "activation.h").read_text()
+    rows = re.findall(r"kCoefficients\[\] = \{(.*?)\}", source, re.DOTALL)
+    for fit, bits, row in zip((minimax.exponential(), minimax.normal_tail()), (23.6, 25.2), rows, strict=True):
+        assert fit.error < 2**-bits
+        assert [float(c) for c in re.findall(r"[-\d.]+", row)] == pytest.approx(fit.coefficients, rel=1e-6)
+
+
 SCRATCH = """
 import torch, sys
 sys.path.insert(0, {tests!r})
@@ -434,6 +582,18 @@ for structure in t.STRUCTURES:
                     layer.with_extras(True, tokens != 20, tokens != 1).check(torch.randn(tokens, shape.in_features).to(dtype))
 """
 
+OTHER_MACHINE = """
+import torch, sys
+sys.path.insert(0, {tests!r})
+import dataclasses, test_native as t
+for structure in t.STRUCTURES:
+    for dtype, name in zip(t.DTYPES * 2, t.ACTIVATIONS):
+        layer = t.Layer.random(structure, t.Shape(70, 70), dtype)
+        for tokens in (1, 5, 70):
+            layer = dataclasses.replace(layer.with_extras(True, True, True), activation=name)
+            layer.check(torch.randn(tokens, 70).to(dtype) * 4)
+"""
+
 
 @pytest.mark.parametrize("instruction_set", ["default", "avx2"])
 def test_scratch_memory_does_not_leak_into_results(built_cache: pathlib.Path, instruction_set: str) -> None:
@@ -444,6 +604,17 @@ def test_scratch_memory_does_not_leak_into_results(built_cache: pathlib.Path, in
     if instruction_set != "default":
         environment["ONEDNN_MAX_CPU_ISA"] = instruction_set
     output_of(run_python(code, built_cache, **environment))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="chooses between instruction sets of x86-64")
+@pytest.mark.parametrize("flags", ["-march=haswell", "-march=x86-64"])
+def test_code_for_other_machines_is_right(tmp_path: pathlib.Path, flags: str) -> None:
+    # The last -march wins: without AVX-512, and without even AVX and fused multiplication.
+    if not native.load():
+        pytest.skip("no native kernels")
+    code = OTHER_MACHINE.format(tests=str(pathlib.Path(__file__).parent))
+    output_of(run_python(code, tmp_path / "cache", CXX=compiler(tmp_path), COMPILER_FLAGS=flags))
 
 
 def test_source_hash_is_stable() -> None:

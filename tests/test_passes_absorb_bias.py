@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import fx, nn
 
+import padst_compile as padst
 from padst_compile.passes.absorb_bias import AbsorbBias
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import STRUCTURED_LINEAR, argument
+from padst_compile.passes.pipeline import Pipeline
 from padst_compile.structures import Block
+from padst_compile.testing.capture import capture
 
 N = 8
 
@@ -104,3 +107,14 @@ def test_a_sum_that_changes_the_dtype_is_refused() -> None:
     product.meta["example_value"] = torch.empty(3, N, dtype=torch.bfloat16)
     total.meta["example_value"] = torch.empty(3, N, dtype=torch.float32)
     assert [r.reason for r in AbsorbBias().run(facts).refusals] == ["the addition changes the dtype"]
+
+
+def test_a_cast_to_the_dtype_that_the_bias_has_is_no_obstacle() -> None:
+    spec = padst.SparsitySpec(padst.Block(2), 0.5, permutation="random", permutation_side="output", ignore=())
+    layer = padst.sparsify(nn.Sequential(nn.Linear(N, N)), spec)
+    with torch.no_grad():
+        graph = capture(layer, torch.randn(3, N))
+    facts = graph.context(inference=True)
+    report = Pipeline(kernels=None).run(facts)
+    assert next(rule for rule in report.rules if rule.rule == "AbsorbBias").rewritten == 1
+    assert padst.verify(graph.graph, facts.module, *graph.inputs)

@@ -1,4 +1,4 @@
-// y = permute_out(S permute_in(x)) + bias for block-sparse S: one batch-reduce GEMM call per active block.
+// y = act(permute_out(S permute_in(x)) + bias) + residual for block-sparse S: one batch-reduce GEMM call per active block.
 //
 // Work is cut into token tiles. A tile of x is copied (and permuted) into scratch once, where it stays in cache while every
 // block row reads it; its outputs collect in scratch too, and leave as whole rows.
@@ -6,8 +6,10 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
+#include "epilogue.h"
 #include "kernels.h"
 #include "micro_kernel.h"
+#include "packed_gather.h"
 #include "partition.h"
 #include "rows.h"
 
@@ -88,21 +90,16 @@ class TokenTile {
  public:
   TokenTile(const BlockMatrix& s, const T* x, const int32_t* permutation, int64_t tile)
       : x_(x),
-        permutation_(permutation),
+        permuted_(permutation != nullptr),
+        gather_(permutation, s.in_features),
         features_(s.in_features),
         stride_(round_up(s.in_features, kLine) + kLine),
-        scratch_(tile * stride_) {}
+        scratch_(tile * stride_),
+        converted_(permuted_ && !kSame ? kGroup * stride_ : 0) {}
 
   void load(int64_t first, int64_t tokens) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      const T* source = x_ + (first + t) * features_;
-      C* target = scratch_.data() + t * stride_;
-      if (permutation_ != nullptr) {
-        gather(source, permutation_, features_, target);
-      } else {
-        convert(source, features_, target);
-      }
-      target[features_] = C(0.0f);  // an odd number of inputs has a partner for its last
+    for (int64_t t = 0; t < tokens; t += kGroup) {
+      load_group(x_ + (first + t) * features_, std::min(kGroup, tokens - t), scratch_.data() + t * stride_);
     }
   }
 
@@ -114,12 +111,38 @@ class TokenTile {
   }
 
  private:
-  static constexpr int64_t kLine = kCacheLine / sizeof(C);
+  static constexpr int64_t kLine = kCacheLine / sizeof(C), kGroup = PackedGather<C>::kRows;
+  static constexpr bool kSame = std::is_same_v<T, C>;
+
+  void load_group(const T* source, int64_t tokens, C* target) {
+    if (!permuted_) {
+      convert_group(source, tokens, target);
+    } else if constexpr (kSame) {
+      gather_.pack(source, features_, tokens);
+      gather_.unpack({0, features_}, target, stride_, tokens);
+    } else {
+      convert_group(source, tokens, converted_.data());
+      gather_.pack(converted_.data(), stride_, tokens);
+      gather_.unpack({0, features_}, target, stride_, tokens);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      target[t * stride_ + features_] = C(0.0f);  // an odd number of inputs has a partner for its last
+    }
+  }
+
+  void convert_group(const T* source, int64_t tokens, C* target) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      convert(source + t * features_, features_, target + t * stride_);
+    }
+  }
+
   const T* x_;
-  const int32_t* permutation_;
+  bool permuted_;
+  PackedGather<C> gather_;
   int64_t features_;
   int64_t stride_;
   Scratch<C> scratch_;
+  Scratch<C> converted_;
 };
 
 // z [tokens, height] = one block row of S times the tile.
@@ -143,30 +166,58 @@ void multiply_block_row(
 
 // Where outputs go, and what happens to them on the way.
 template <typename T>
-struct Output {
-  T* y;
-  int64_t features;
-  const float* bias;                   // in the final order
-  const int32_t* permutation;          // y[j] = z[permutation[j]], or nullptr
-  const std::vector<int32_t>& target;  // its inverse, where workers share a row
+class Output {
+ public:
+  Output(T* y, int64_t features, const Epilogue<T>& epilogue, const int32_t* permutation, const int32_t* target)
+      : y_(y), features_(features), epilogue_(epilogue), permutation_(permutation), target_(target) {}
 
-  // All of one token; `row` is scratch for `features` floats.
-  void finish(int64_t token, const float* z, float* row) const {
-    if (permutation != nullptr) {
-      gather(z, permutation, features, row);
-      z = row;
-    }
-    finish_row(z, bias, features, y + token * features);
-  }
-
-  // The outputs `rows` of S of one token.
-  void finish_part(int64_t token, const float* z, Range rows) const {
-    if (permutation != nullptr) {
-      scatter_row(z, bias, target.data() + rows.begin, rows.size(), y + token * features);
+  // The outputs `part` of S for some tokens: all of them, unless workers share a row. z has them in rows `stride` apart.
+  void finish(int64_t first, int64_t tokens, const float* z, int64_t stride, Range part) const {
+    if (permutation_ == nullptr) {
+      finish_in_order(first, tokens, z, stride, part);
+    } else if (target_ == nullptr) {
+      gather(first, tokens, z, stride);
     } else {
-      finish_row(z, bias != nullptr ? bias + rows.begin : nullptr, rows.size(), y + token * features + rows.begin);
+      scatter(first, tokens, z, stride, part);
     }
   }
+
+ private:
+  static constexpr int64_t kPart = 512;  // permuted outputs wait in L1 for the rest
+
+  void finish_in_order(int64_t first, int64_t tokens, const float* z, int64_t stride, Range part) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t element = (first + t) * features_ + part.begin;
+      finish_row(z + t * stride, epilogue_.from(part.begin, element), part.size(), y_ + element);
+    }
+  }
+
+  void scatter(int64_t first, int64_t tokens, const float* z, int64_t stride, Range part) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t row = (first + t) * features_;
+      scatter_row(z + t * stride, epilogue_.from(0, row), target_ + part.begin, part.size(), y_ + row);
+    }
+  }
+
+  void gather(int64_t first, int64_t tokens, const float* z, int64_t stride) const {
+    PackedGather<float> words(permutation_, features_);
+    const Scratch<float> rows(words.kRows * kPart);
+    for (int64_t t = 0; t < tokens; t += words.kRows) {
+      const int64_t count = std::min(words.kRows, tokens - t);
+      words.pack(z + t * stride, stride, count);
+      for (int64_t j = 0; j < features_; j += kPart) {
+        const Range part{j, std::min(j + kPart, features_)};
+        words.unpack(part, rows.data(), kPart, count);
+        finish_in_order(first + t, count, rows.data(), kPart, part);
+      }
+    }
+  }
+
+  T* y_;
+  int64_t features_;
+  Epilogue<T> epilogue_;
+  const int32_t* permutation_;  // y[j] = z[permutation[j]], or nullptr
+  const int32_t* target_;       // its inverse where workers share a row, else nullptr
 };
 
 // The first block row of each of `parts` parts with about equal work; an empty block row costs about a tenth of a block.
@@ -193,7 +244,7 @@ void run(
   at::parallel_for(0, ceil_div(total_tokens, tile) * parts, 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
     TokenTile<T, C> inputs(s, x, permutation, tile);
-    const Scratch<float> z(tile * z_stride), row(z_stride);
+    const Scratch<float> z(tile * z_stride);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / parts * tile, tokens = std::min(tile, total_tokens - first), part = item % parts;
       inputs.load(first, tokens);
@@ -201,13 +252,7 @@ void run(
         multiply_block_row(s, blocks, block_row, inputs, tokens, z.data() + block_row * s.rows, z_stride);
       }
       const Range rows{bounds[part] * s.rows, std::min(bounds[part + 1] * s.rows, s.out_features)};
-      for (int64_t t = 0; t < tokens; ++t) {
-        if (parts == 1) {
-          output.finish(first + t, z.data() + t * z_stride, row.data());
-        } else {
-          output.finish_part(first + t, z.data() + t * z_stride + rows.begin, rows);
-        }
-      }
+      output.finish(first, tokens, z.data() + rows.begin, z_stride, rows);
     }
   });
 }
@@ -215,8 +260,8 @@ void run(
 // T: dtype of x, values and y. C: dtype of the micro-kernel, float where there is none for T.
 template <typename T, typename C>
 void dispatch(
-    const BlockMatrix& s, const at::Tensor& x, const at::Tensor& values, const float* bias, const int32_t* input_permutation,
-    const int32_t* output_permutation, at::Tensor& y) {
+    const BlockMatrix& s, const at::Tensor& x, const at::Tensor& values, const EpilogueOperands& epilogue,
+    const int32_t* input_permutation, const int32_t* output_permutation, at::Tensor& y) {
   const at::Tensor operand = values.to(c10::CppTypeToScalarType<C>::value);
   PackedBlocks<C> blocks{operand.const_data_ptr<C>(), s.rows * s.columns};
   const int64_t packed_stride = round_up(s.columns, MicroKernel<C>::kStep) * s.rows;
@@ -232,7 +277,8 @@ void dispatch(
   if (output_permutation != nullptr && bounds.size() > 2) {
     target = inverse_permutation(output_permutation, s.out_features, "output_permutation");
   }
-  const Output<T> output{y.mutable_data_ptr<T>(), s.out_features, bias, output_permutation, target};
+  const Output<T> output(
+      y.mutable_data_ptr<T>(), s.out_features, epilogue.pointers<T>(), output_permutation, target.empty() ? nullptr : target.data());
   run<T, C>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, output, bounds);
 }
 
@@ -251,14 +297,15 @@ bool block_linear_supports(at::ScalarType dtype) {
 
 at::Tensor block_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& row_pointers, const at::Tensor& columns,
-    const OptionalTensor& bias_in, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
-    int64_t out_features) {
+    const OptionalTensor& bias, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
+    int64_t out_features, std::string_view activation, const OptionalTensor& residual) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "block_linear has no micro-kernel for ", x_in.scalar_type(), " here");
-  const at::Tensor x = x_in.contiguous(), values = values_in.contiguous(), bias = float_bias(bias_in, out_features);
+  const at::Tensor x = x_in.contiguous(), values = values_in.contiguous();
   const BlockMatrix s = describe(x, values, row_pointers, columns, out_features);
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, out_features, "output_permutation");
+  const EpilogueOperands epilogue(x, out_features, bias, activation, residual);
 
   at::Tensor y = at::empty(output_sizes(x, out_features), x.options());
   if (y.numel() == 0) {
@@ -267,7 +314,7 @@ at::Tensor block_linear(
   const auto kernel = x.scalar_type() == at::kFloat ? dispatch_for<float>()
       : x.scalar_type() == at::kBFloat16            ? dispatch_for<at::BFloat16>()
                                                     : dispatch_for<at::Half>();
-  kernel(s, x, values, pointer_or_null(bias), in_table, out_table, y);
+  kernel(s, x, values, epilogue, in_table, out_table, y);
   return y;
 }
 

@@ -282,6 +282,8 @@ def _fake_block_linear(
     input_permutation: torch.Tensor | None,
     output_permutation: torch.Tensor | None,
     out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _fake_output(x, out_features)
 
@@ -296,6 +298,8 @@ def _fake_nm_linear(
     out_features: int,
     n: int,
     m: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _fake_output(x, out_features)
 
@@ -308,5 +312,7 @@ def _fake_diagonal_linear(
     input_permutation: torch.Tensor | None,
     output_permutation: torch.Tensor | None,
     out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _fake_output(x, out_features)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -60,18 +61,14 @@ inline void check_operands(const at::Tensor& x, const at::Tensor& values, int64_
   TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x is ", x.scalar_type(), " but values are ", values.scalar_type());
 }
 
-// The bias in the precision of the accumulators, or an undefined tensor.
+// The bias in the precision of the accumulators; zeros where there is none, which spares the kernels a case.
 inline at::Tensor float_bias(const OptionalTensor& bias, int64_t out_features) {
   if (!bias.has_value()) {
-    return {};
+    return at::zeros(out_features, at::kFloat);
   }
   TORCH_CHECK(bias->device().is_cpu(), "bias must be on the CPU, got ", bias->device());
   TORCH_CHECK(bias->dim() == 1 && bias->numel() == out_features, "bias must be [", out_features, "], got ", bias->sizes());
   return bias->to(at::kFloat).contiguous();
-}
-
-inline const float* pointer_or_null(const at::Tensor& bias) {
-  return bias.defined() ? bias.const_data_ptr<float>() : nullptr;
 }
 
 inline std::vector<int64_t> output_sizes(const at::Tensor& x, int64_t out_features) {

@@ -1,10 +1,12 @@
-// The operators of the library. Each computes y = permute_out(S permute_in(x)) + bias over the last axis of x.
+// The operators of the library. Each computes y = act(permute_out(S permute_in(x)) + bias) + residual over the last axis of x;
+// activation.h has the names of activations.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 namespace padst {
 
@@ -15,18 +17,19 @@ bool row_gather_supports(at::ScalarType dtype);
 at::Tensor block_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& input_permutation,
-    const std::optional<at::Tensor>& output_permutation, int64_t out_features);
+    const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
+    const std::optional<at::Tensor>& residual);
 
 // S with n of every m inputs: offsets uint8 [row groups, slots], values [row groups, slots, vector].
 at::Tensor nm_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
-    int64_t out_features, int64_t n, int64_t m);
+    int64_t out_features, int64_t n, int64_t m, std::string_view activation, const std::optional<at::Tensor>& residual);
 
 // S as wrapped diagonals: offsets [diagonals] ascending, values [diagonals, min(in, out)].
 at::Tensor diagonal_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
-    int64_t out_features);
+    int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual);
 
 }  // namespace padst

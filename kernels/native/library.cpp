@@ -13,15 +13,16 @@ TORCH_LIBRARY(padst_native, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_contiguous_strides};
   m.def(
       "block_linear(Tensor x, Tensor values, Tensor row_pointers, Tensor columns, Tensor? bias, "
-      "Tensor? input_permutation, Tensor? output_permutation, int out_features) -> Tensor",
+      "Tensor? input_permutation, Tensor? output_permutation, int out_features, str activation=\"none\", "
+      "Tensor? residual=None) -> Tensor",
       tags);
   m.def(
       "nm_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
-      "Tensor? output_permutation, int out_features, int n, int m) -> Tensor",
+      "Tensor? output_permutation, int out_features, int n, int m, str activation=\"none\", Tensor? residual=None) -> Tensor",
       tags);
   m.def(
       "diagonal_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
-      "Tensor? output_permutation, int out_features) -> Tensor",
+      "Tensor? output_permutation, int out_features, str activation=\"none\", Tensor? residual=None) -> Tensor",
       tags);
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <type_traits>
 #include <vector>
@@ -37,13 +38,16 @@ class MicroKernelScope {
   MicroKernelScope& operator=(const MicroKernelScope&) = delete;
 };
 
-// Two rows of `size` weights -> [size, 2].
+// Two rows of `size` weights -> [size, 2], little end first; whole words, because those the compiler vectorises.
 template <typename T>
 inline void interleave(const T* __restrict__ even, const T* __restrict__ odd, int64_t size, T* __restrict__ pairs) {
-  static_assert(sizeof(T) == 2);
+  static_assert(sizeof(T) == sizeof(uint16_t));
   for (int64_t j = 0; j < size; ++j) {
-    pairs[2 * j] = even[j];
-    pairs[2 * j + 1] = odd[j];
+    uint16_t low, high;
+    std::memcpy(&low, even + j, sizeof low);
+    std::memcpy(&high, odd + j, sizeof high);
+    const uint32_t pair = low | uint32_t{high} << 16;
+    std::memcpy(pairs + 2 * j, &pair, sizeof pair);
   }
 }
 

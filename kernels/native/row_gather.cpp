@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "checks.h"
+#include "epilogue.h"
 #include "kernels.h"
 
 namespace padst {
@@ -229,7 +230,7 @@ class DiagonalMatrix {
 
 template <typename T, typename S>
 void run(
-    const S& s, const at::Tensor& x, const float* bias, const OptionalTensor& input_permutation,
+    const S& s, const at::Tensor& x, const EpilogueOperands& epilogue, const OptionalTensor& input_permutation,
     const OptionalTensor& output_permutation, at::Tensor& y) {
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, s.out_features, "output_permutation");
@@ -243,15 +244,14 @@ void run(
     inverse = inverse_permutation(out_table, s.out_features, "output_permutation");
   }
   const PanelOutput<T> output{
-      y.mutable_data_ptr<T>(), s.out_features, bias, out_table, inverse.empty() ? nullptr : inverse.data()};
+      y.mutable_data_ptr<T>(), s.out_features, epilogue.pointers<T>(), out_table, inverse.empty() ? nullptr : inverse.data()};
   row_gather<T, S>(s, x.const_data_ptr<T>(), target.empty() ? nullptr : target.data(), tokens, output, parts);
 }
 
 template <typename S>
 at::Tensor dispatch(
-    const S& s, const at::Tensor& x, const OptionalTensor& bias_in, const OptionalTensor& input_permutation,
+    const S& s, const at::Tensor& x, const EpilogueOperands& epilogue, const OptionalTensor& input_permutation,
     const OptionalTensor& output_permutation) {
-  const at::Tensor bias = float_bias(bias_in, s.out_features);
   at::Tensor y = at::empty(output_sizes(x, s.out_features), x.options());
   if (y.numel() == 0) {
     return y;
@@ -259,7 +259,7 @@ at::Tensor dispatch(
   const auto kernel = x.scalar_type() == at::kFloat ? run<float, S>
       : x.scalar_type() == at::kBFloat16            ? run<at::BFloat16, S>
                                                     : run<at::Half, S>;
-  kernel(s, x, pointer_or_null(bias), input_permutation, output_permutation, y);
+  kernel(s, x, epilogue, input_permutation, output_permutation, y);
   return y;
 }
 
@@ -301,7 +301,7 @@ bool row_gather_supports(at::ScalarType dtype) {
 at::Tensor nm_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets, const OptionalTensor& bias,
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
-    int64_t out_features, int64_t n, int64_t m) {
+    int64_t out_features, int64_t n, int64_t m, std::string_view activation, const OptionalTensor& residual) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
   check_nm(x_in, values_in, offsets, out_features, n, m);
@@ -309,12 +309,13 @@ at::Tensor nm_linear(
   const NmMatrix s{x.size(-1), out_features, n, m, values.size(2), values.size(1), offsets.const_data_ptr<uint8_t>(),
                    values.const_data_ptr<float>()};
   check_offsets(s, values.size(0));
-  return dispatch(s, x, bias, input_permutation, output_permutation);
+  return dispatch(s, x, {x, out_features, bias, activation, residual}, input_permutation, output_permutation);
 }
 
 at::Tensor diagonal_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets_in, const OptionalTensor& bias,
-    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features) {
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features,
+    std::string_view activation, const OptionalTensor& residual) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "diagonal_linear has no native kernel for ", x_in.scalar_type());
   const int64_t in_features = x_in.size(-1), length = std::min(in_features, out_features), diagonals = offsets_in.numel();
@@ -327,7 +328,7 @@ at::Tensor diagonal_linear(
   TORCH_CHECK(ascend, "offsets must ascend without repetition");
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const DiagonalMatrix s(in_features, out_features, offsets, diagonals, values.const_data_ptr<float>());
-  return dispatch(s, x, bias, input_permutation, output_permutation);
+  return dispatch(s, x, {x, out_features, bias, activation, residual}, input_permutation, output_permutation);
 }
 
 }  // namespace padst

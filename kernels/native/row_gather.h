@@ -1,4 +1,4 @@
-// y = permute_out(S permute_in(x)) + bias for an S whose rows are short lists of (input, weight).
+// y = act(permute_out(S permute_in(x)) + bias) + residual for an S whose rows are short lists of (input, weight).
 //
 // A panel of tokens is transposed to feature-major, which absorbs the input permutation: feature f is stored at row
 // inverse[f]. A few rows of S at a time are then sums of weights times panel rows, tokens in vector lanes. Transposing the
@@ -17,6 +17,7 @@
 
 #include <vector>
 
+#include "epilogue.h"
 #include "partition.h"
 #include "transpose.h"
 #include "vectors.h"
@@ -95,7 +96,7 @@ void pack_panel(const T* x, int64_t features, int64_t tokens, const int32_t* tar
       Vec square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const T* source = x + (t + i) * features + f;
-        square[i] = t + i >= tokens ? Vec{} : width == kLanes ? load(source) : load_some(source, width);
+        square[i] = t + i < tokens ? load_some(source, width) : Vec{};
       }
       transpose(square);
       for (int64_t i = 0; i < width; ++i) {
@@ -109,7 +110,7 @@ template <typename T>
 struct PanelOutput {
   T* y;
   int64_t features;
-  const float* bias;           // in the final order
+  Epilogue<T> epilogue;
   const int32_t* permutation;  // y[j] = sums[permutation[j]], or nullptr
   const int32_t* inverse;      // set where workers share the outputs of a token
 
@@ -119,33 +120,51 @@ struct PanelOutput {
     for (int64_t t = 0; t < tokens; t += kLanes) {
       for (int64_t j = 0; j < features; j += kLanes) {
         const int64_t width = std::min<int64_t>(kLanes, features - j);
-        const Vec shift = bias == nullptr ? Vec{} : width == kLanes ? load(bias + j) : load_some(bias + j, width);
         Vec square[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
           const int64_t k = std::min(j + i, features - 1);
           square[i] = load(sums + (permutation != nullptr ? permutation[k] : k) * kTokens + t);
         }
         transpose(square);
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, tokens - t); ++i) {
-          T* target = y + (first + t + i) * features + j;
-          if (width == kLanes) {
-            store(square[i] + shift, target);
-          } else {
-            store_some(square[i] + shift, target, width);
-          }
-        }
+        finish_square(square, (first + t) * features + j, std::min<int64_t>(kLanes, tokens - t), j, width);
       }
     }
   }
 
-  // The outputs `rows` of S only; element by element, because this is for few tokens.
+  // The outputs `rows` of S only; stored element by element, because this is for few tokens.
   template <int64_t kTokens>
   void finish_part(int64_t first, int64_t tokens, const float* sums, Range rows) const {
-    for (int64_t t = 0; t < tokens; ++t) {
+    with_activation(epilogue.activation, [&](auto activation) {
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const int64_t j = inverse != nullptr ? inverse[i] : i;
-        y[(first + t) * features + j] = static_cast<T>(sums[i * kTokens + t] + (bias != nullptr ? bias[j] : 0.0f));
+        for (int64_t t = 0; t < tokens; t += kLanes) {
+          const Vec v = activation(load(sums + i * kTokens + t) + epilogue.bias[j]);
+          store_column(v, (first + t) * features + j, std::min<int64_t>(kLanes, tokens - t));
+        }
       }
+    });
+  }
+
+ private:
+  // Vector i of a square becomes the outputs j to j + width of one token, at y[start + i * features].
+  void finish_square(const Vec (&square)[kLanes], int64_t start, int64_t tokens, int64_t j, int64_t width) const {
+    with_activation(epilogue.activation, [&](auto activation) {
+      const T* residual = epilogue.residual;
+      const Vec shift = load_some(epilogue.bias + j, width);
+      for (int64_t i = 0; i < tokens; ++i) {
+        const int64_t element = start + i * features;
+        const Vec v = activation(square[i] + shift);
+        store_some(residual != nullptr ? v + load_some(residual + element, width) : v, y + element, width);
+      }
+    });
+  }
+
+  // Lane i becomes an output of one token, at y[start + i * features].
+  void store_column(Vec v, int64_t start, int64_t tokens) const {
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t element = start + i * features;
+      const float value = v[i];
+      y[element] = static_cast<T>(epilogue.residual != nullptr ? value + static_cast<float>(epilogue.residual[element]) : value);
     }
   }
 };

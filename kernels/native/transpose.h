@@ -8,8 +8,6 @@
 
 namespace padst {
 
-typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
 // One lane of a shuffle of two vectors (a: 0 … kLanes - 1, b: from kLanes on) that exchanges blocks of kStep lanes.
 template <int kStep, bool kHigh>
 constexpr int exchanged_lane(int lane) {
@@ -24,7 +22,7 @@ inline Vec exchange(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, exchanged_lane<kStep, kHigh>(kLane)...);
 #else
-  return __builtin_shuffle(a, b, Mask{exchanged_lane<kStep, kHigh>(kLane)...});
+  return __builtin_shuffle(a, b, Lanes{exchanged_lane<kStep, kHigh>(kLane)...});
 #endif
 }
 

@@ -4,10 +4,11 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -22,6 +23,51 @@ inline constexpr int kLanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Lanes __attribute__((vector_size(kLanes * sizeof(int32_t))));  // the bits of a Vec
+
+inline Vec splat(float value) {
+  return value - Vec{};
+}
+
+inline Vec absolute(Vec x) {
+  return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(x) & 0x7fffffff);
+}
+
+// The larger of x and a bound; NaN stays NaN.
+inline Vec at_least(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_max_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(x)));
+#else
+  const Vec limit = splat(bound);
+  return x < limit ? limit : x;
+#endif
+}
+
+// The smaller of x and a bound; NaN stays NaN.
+inline Vec at_most(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_min_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(x)));
+#else
+  const Vec limit = splat(bound);
+  return x > limit ? limit : x;
+#endif
+}
+
+// a b - c, rounded once.
+inline Vec multiply_subtract(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_fmsub_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vec>(
+      _mm256_fmsub_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    a[i] = std::fma(a[i], b[i], -c[i]);
+  }
+  return a;
+#endif
+}
 
 inline Vec load(const float* source) {
   Vec v;
@@ -81,9 +127,12 @@ inline void store<c10::BFloat16>(Vec v, c10::BFloat16* target) {
 
 #endif
 
-// The first `count` < kLanes lanes; the others are zero.
+// The first `count` lanes; the others are zero.
 template <typename T>
 inline Vec load_some(const T* source, int64_t count) {
+  if (count >= kLanes) {
+    return load(source);
+  }
   float lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
     lanes[i] = static_cast<float>(source[i]);
@@ -93,6 +142,9 @@ inline Vec load_some(const T* source, int64_t count) {
 
 template <typename T>
 inline void store_some(Vec v, T* target, int64_t count) {
+  if (count >= kLanes) {
+    return store(v, target);
+  }
   T lanes[kLanes];
   store(v, lanes);
   std::memcpy(target, lanes, count * sizeof(T));
