@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench clean
+.PHONY: help venv demo test test-oldest lint format bench mutants clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -39,6 +39,10 @@ bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/models.py
 	$(PY) benchmarks/permute_costs.py
 	$(PY) benchmarks/pass_time.py
+
+mutants: $(VENV)/.installed-test ## mutation testing of the passes (MODULES='permutation.py ...' for some); writes a score
+	@$(INSTALL) 'mutmut>=3.8,<4'
+	$(PY) benchmarks/mutants.py $(MODULES)
 
 clean: ## remove environments, builds and caches
 	rm -rf .venv .venv-oldest build dist *.egg-info .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

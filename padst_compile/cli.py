@@ -19,6 +19,7 @@ from padst_compile.benchmarking.report import comparison_table, write_json, writ
 from padst_compile.benchmarking.run import Comparison, Settings, compare
 from padst_compile.conversion import sparsify
 from padst_compile.doctor import examine
+from padst_compile.drawing.picture import draw
 from padst_compile.errors import PadstError, UnknownFieldError
 from padst_compile.explain import explain as explain_model
 from padst_compile.spec import SparsitySpec
@@ -44,6 +45,7 @@ Batch = Annotated[int, typer.Option(min=1, help="images or sequences")]
 Tokens = Annotated[int, typer.Option(min=1, help="length of a sequence; rows for linear:")]
 DtypeName = Annotated[str, typer.Option(help=", ".join(_DTYPES))]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given")]
+Targets = Annotated[list[str] | None, typer.Option(help="layers to make sparse, a pattern; may be repeated; all if not given")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="write the result here")]
 Repetitions = Annotated[int, typer.Option(min=1, help="timed calls of each candidate")]
 
@@ -102,17 +104,24 @@ def explain(
     tokens: Tokens = 256,
     dtype: DtypeName = "float32",
     threads: Threads = None,
+    targets: Targets = None,
     json_path: JsonPath = None,
+    picture: Annotated[Path | None, typer.Option("--draw", help="draw a block before and after: a file .svg or .dot")] = None,
+    block: Annotated[str | None, typer.Option(help="module to draw; the first block if not given")] = None,
 ) -> None:
     """Say what the compiler does with each layer and each permutation of a model, and why."""
     console = Console()
     with _errors():
         _set_threads(threads)
         case = build_model(model, batch=batch, tokens=tokens)
-        sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side))
+        sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side, targets))
         with console.status(f"{model}: capturing and running the passes"), torch.no_grad():
             explanation = explain_model(sparse, *case.inputs_as(_dtype(dtype)), **case.kwargs)
+            if picture is not None:
+                draw(sparse, picture, *case.inputs_as(_dtype(dtype)), block=block, **case.kwargs)
     explanation.render(console)
+    if picture is not None:
+        console.print(f"drawn in {picture}", soft_wrap=True)
     if json_path is not None:
         console.print(f"written to {write_json(explanation.to_dict(), json_path)}")
 
@@ -160,11 +169,15 @@ def _report(comparisons: list[Comparison], title: str, path: Path | None) -> Non
         raise typer.Exit(1)
 
 
-def _spec(structure: str, sparsity: float | None, permutation: str, side: str) -> SparsitySpec:
+def _spec(
+    structure: str, sparsity: float | None, permutation: str, side: str, targets: list[str] | None = None
+) -> SparsitySpec:
     chosen = parse(structure)
     if sparsity is None and chosen.natural_sparsity() is None:
         sparsity = 0.9
     fields: dict[str, Any] = {"permutation": permutation, "permutation_side": side}
+    if targets:
+        fields["targets"] = tuple(targets)
     return SparsitySpec(structure=chosen, sparsity=sparsity, **fields)
 
 

@@ -37,7 +37,8 @@ class LayerExplanation:
         structure: short form, or "dense".
         density: active weights as a fraction.
         kernel: "native", "aten" or "dense".
-        fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation").
+        fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
+            "residual").
         reason: why this kernel, or why the layer is dense.
         speedup: dense time over sparse time where both were measured.
     """
@@ -170,7 +171,7 @@ def _capture(
 
     before = Counter(counters["graph_break"])
     try:
-        torch.compile(call, backend=backend)(*inputs, **keyword_inputs)
+        torch.compile(call, backend=backend, dynamic=False)(*inputs, **keyword_inputs)
     finally:
         reset_code(call.__code__)  # the next explain starts afresh, other compiled code stays
     new = Counter(counters["graph_break"]) - before
@@ -207,7 +208,7 @@ def _explain_decision(decision: LayerDecision) -> LayerExplanation:
 
 def _unseen(name: str, layer: PermutedSparseLinear) -> LayerExplanation:
     shape = f"{layer.in_features} -> {layer.out_features}"
-    reason = "not reached in a compiled graph with these inputs"
+    reason = "no compiled graph calls it with these inputs; a model may still read its weight, which is dense"
     return LayerExplanation(name, shape, layer.config.structure.to_string(), layer.density, "eager", (), reason)
 
 

@@ -55,6 +55,10 @@ class PermutationFate:
     reason: str
     bytes_per_token: int = 0
 
+    def __str__(self) -> str:
+        cost = f", {self.bytes_per_token:,} bytes per token" if self.bytes_per_token else ""
+        return f"{self.layer} ({self.side}): {self.outcome}{cost}; {self.reason}"
+
 
 def permutation_fates(compilation: Compilation, sides: Mapping[str, str], device: str) -> Iterator[PermutationFate]:
     """One entry per permutation of a compiled graph.

@@ -8,9 +8,9 @@ What a permutation of n features costs at each call, by where it is put, in byte
     separate   n·(table + T·(2·element + separate_gather)) + dispatch       an op of its own: reads and writes everything
 
 A fold moves nothing when the model runs, but the reordered copy takes memory: as if it were made anew every thousand
-calls, and one byte, so that doing nothing wins a tie. Kernels of N:M and diagonal layers find every row through an index anyway: for them
-`kernel_gather` is 0. A layer that runs dense has its columns and rows reordered: a fold. Outside the CPU no kernel of ours
-gathers, so that load and store are ops of their own.
+calls, and one byte, so that doing nothing wins a tie. Kernels of N:M and diagonal layers find every row through an index
+anyway: for them `kernel_gather` is 0. A layer that runs dense has its columns and rows reordered: a fold. Outside the CPU no
+kernel of ours gathers, so that load and store are ops of their own.
 
 The coefficients are those that benchmarks/permute_costs.py measured (benchmarks/results/cpu-permute-costs.json). Costs are
 `sympy` expressions, because a graph of dynamic shape has no number of tokens yet.

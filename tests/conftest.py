@@ -42,3 +42,15 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(was_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The wrong variants of `test_wrong_variants.py`, what noticed each, and those that survived."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    found = dict(value for report in reports for name, value in report.user_properties if name == "wrong_variant")
+    if found:
+        surviving = [variant for variant, check in found.items() if check is None]
+        terminalreporter.section("wrong variants, and what noticed them")
+        for variant, check in found.items():
+            terminalreporter.write_line(f"{variant:<62} {check or 'SURVIVED'}")
+        terminalreporter.write_line(f"{len(found)} variants, surviving: {', '.join(surviving) or 'none'}")

@@ -82,3 +82,10 @@ def test_the_output_of_a_language_model_is_its_logits() -> None:
 def test_the_figures_in_the_readme_are_those_of_the_recorded_results() -> None:
     result = subprocess.run([sys.executable, ROOT / "benchmarks" / "figures.py", "--check"], cwd=ROOT, check=False)
     assert result.returncode == 0, "run python benchmarks/figures.py"
+
+
+@pytest.mark.slow
+def test_the_example_in_the_readme_prints_what_stands_below_it() -> None:
+    script = ROOT / "benchmarks" / "readme_example.py"
+    result = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

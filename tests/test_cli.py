@@ -27,6 +27,11 @@ def test_bench_times_checks_and_writes_json(tmp_path: Path) -> None:
     (comparison,) = json.loads(path.read_text())["comparisons"]
     assert comparison["check"]["passed"] is True
     assert set(comparison["milliseconds"]) == {"dense default", "dense freezing", "padst", "padst, no permutation"}
+    assert "time with permutations" in result.output
+    assert comparison["permutation_ratio"] == pytest.approx(
+        comparison["milliseconds"]["padst"] / comparison["milliseconds"]["padst, no permutation"]
+    )
+    assert f"{comparison['permutation_ratio']:.3f}x" in result.output
     assert comparison["speedup"] == pytest.approx(
         min(comparison["milliseconds"]["dense default"], comparison["milliseconds"]["dense freezing"])
         / comparison["milliseconds"]["padst"]
@@ -47,6 +52,16 @@ def test_explain_prints_the_layers_and_the_account(tmp_path: Path) -> None:
     assert data["graph_breaks"] == []
     assert data["permutations"]["remaining"] == 0
     assert [layer["name"] for layer in data["layers"][:2]] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+
+
+def test_explain_draws_a_block(tmp_path: Path) -> None:
+    path = tmp_path / "block.svg"
+    result = run(
+        "explain", TINY_GPT2, "--structure", "block:16", "--sparsity", "0.75", "--tokens", "8", "--targets", "*.mlp.c_proj",
+        "--draw", str(path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "mlp.c_proj" in path.read_text()
 
 
 def test_doctor_reports_every_topic(tmp_path: Path) -> None:
@@ -72,6 +87,8 @@ def test_doctor_reports_every_topic(tmp_path: Path) -> None:
         (["bench", "linear:64:64", "--permutation", "lerned"], "did you mean 'learned'"),
         (["bench", "linear:64:64", "--dtype", "float23"], "did you mean 'float32'"),
         (["explain", "linear:6:64", "--structure", "nm:5:7"], "NM(5, 6)"),
+        (["explain", "linear:64:64", "--structure", "block:16", "--draw", "a.png"], "write .svg or .dot"),
+        (["explain", "linear:64:64", "--structure", "block:16", "--draw", "a.svg", "--block", "head"], "no module 'head'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(arguments: list[str], message: str) -> None:

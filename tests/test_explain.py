@@ -49,6 +49,77 @@ def test_identity_permutations_cancel_in_inference_only() -> None:
     assert (training.permutations.cancelled, training.permutations.remaining) == (0, 0)
 
 
+def fates_of(*targets: str, kernels: str = "sparse", side: str = "input", **options: object) -> padst.Explanation:
+    spec = padst.SparsitySpec("block:16", 0.75, permutation="random", permutation_side=side, targets=targets)
+    with torch.no_grad():
+        return padst.explain(padst.sparsify(tiny_vit(), spec), images(), options={"kernels": kernels, **options})
+
+
+def test_each_permutation_has_a_line_with_its_place_cost_and_reason() -> None:
+    lines = {fate.layer: fate for fate in fates_of("*.proj", "*.fc2").fates}
+    assert lines.keys() == {"blocks.0.attn.proj", "blocks.0.mlp.fc2"}
+    read, folded = lines["blocks.0.attn.proj"], lines["blocks.0.mlp.fc2"]
+    assert (read.side, read.outcome) == ("input", "read by the kernel")
+    assert read.bytes_per_token > 0
+    assert "divides its inputs as 3 x 64" in read.reason
+    assert (folded.side, folded.outcome, folded.bytes_per_token) == ("input", "folded into neighbours", 0)
+
+
+def test_a_reason_names_the_layers_that_see_the_same_features() -> None:
+    lines = {fate.layer: fate for fate in fates_of("*.fc1", "*.fc2").fates}
+    assert "written by blocks.0.mlp.fc1" in lines["blocks.0.mlp.fc2"].reason
+
+
+def test_an_output_permutation_is_written_by_the_kernel() -> None:
+    (fate,) = fates_of("*.fc1", side="output", disable=["PlacePermutations"]).fates
+    assert (fate.side, fate.outcome) == ("output", "written by the kernel")
+
+
+def test_identities_are_cancelled_permutation_by_permutation() -> None:
+    assert [fate.outcome for fate in explained(permutation="learned").fates] == ["cancelled"] * 4
+
+
+def test_the_dense_weight_takes_on_the_permutations_of_a_layer_that_runs_dense() -> None:
+    explanation = fates_of("*.proj", "*.fc2", kernels="dense")
+    assert {fate.outcome for fate in explanation.fates} == {"folded into the dense weight", "folded into neighbours"}
+    assert (explanation.permutations.folded, explanation.permutations.fused) == (2, 0)
+
+
+def test_a_permutation_that_stays_an_operation_has_the_cost_of_one() -> None:
+    passes = ["FuseInputPermutation", "FuseOutputPermutation", "PlacePermutations"]
+    explanation = fates_of("*.proj", disable=passes)
+    (fate,) = explanation.fates
+    assert (fate.outcome, explanation.permutations.remaining) == ("separate op", 1)
+    assert fate.bytes_per_token > fates_of("*.proj").fates[0].bytes_per_token
+
+
+def test_a_permutation_that_no_kernel_took_up_folds_once() -> None:
+    explanation = fates_of("*.fc2", disable=["FuseInputPermutation", "FuseOutputPermutation"])
+    assert (explanation.permutations.total, explanation.permutations.folded, explanation.permutations.fused) == (1, 1, 0)
+    assert [fate.outcome for fate in explanation.fates] == ["folded into neighbours"]
+
+
+@pytest.mark.parametrize("structure", ["nm:1:4", "diagonal"])
+def test_kernels_that_read_through_an_index_anyway_say_so(structure: str) -> None:
+    for fate in explained(structure=structure, kernels="sparse").fates:
+        assert fate.bytes_per_token == 0
+        assert fate.outcome.startswith("folded") or "in any case" in fate.reason
+
+
+def test_training_folds_nothing_and_says_why() -> None:
+    model = padst.sparsify(tiny_vit(), padst.SparsitySpec("block:16", 0.75, permutation="random"))
+    explanation = padst.explain(model.train(), images(), options={"kernels": "sparse"})
+    assert [fate.outcome for fate in explanation.fates] == ["read by the kernel"] * 4
+    assert {fate.reason for fate in explanation.fates} == {"training: its values may change at every step"}
+
+
+def test_other_sizes_do_not_make_the_captured_graph_dynamic() -> None:
+    model = padst.sparsify(tiny_vit(), padst.SparsitySpec("block:16", 0.75, permutation="random", targets=("*.fc2",)))
+    with torch.no_grad():
+        found = [padst.explain(model, torch.randn(batch, 3, 32, 32)).fates for batch in (2, 3, 5)]
+    assert found[0] == found[1] == found[2]
+
+
 def test_the_reason_for_a_dense_layer_is_told() -> None:
     rows = {layer.name: layer for layer in explained().layers}
     assert rows["head"].kernel == "dense"
@@ -128,10 +199,11 @@ def test_explaining_twice_says_the_same_and_leaves_the_model_alone() -> None:
 
 
 def test_it_prints_a_table_and_converts_to_json() -> None:
-    explanation = explained()
+    explanation = explained(kernels="sparse")
     text = str(explanation)
     assert "blocks.0.attn.qkv" in text
     assert "4 total" in text
+    assert explanation.fates[0].outcome in text
     assert json.loads(json.dumps(explanation.to_dict()))["compilations"] == 1
 
 

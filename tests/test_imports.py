@@ -44,6 +44,7 @@ LAYERS = (
     "foldable",
     "__init__",
     "benchmarking",
+    "drawing",
     "doctor",
     "cli",
 )

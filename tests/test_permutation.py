@@ -125,3 +125,8 @@ def test_check_refuses_what_is_no_integer_and_names_the_conversion(dtype: torch.
 def test_check_refuses_a_wrong_shape_and_names_the_right_one(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidPermutationError, match=r"fc: a permutation of 3 features has shape \[3\], not \["):
         permutation.check(torch.zeros(shape, dtype=torch.int64), 3, "fc")
+
+
+def test_identity_and_random_are_int32_on_the_device_that_is_asked_for() -> None:
+    assert permutation.identity(3).dtype == permutation.random(3, torch.Generator()).dtype == torch.int32
+    assert permutation.identity(3, device="meta").device.type == "meta"

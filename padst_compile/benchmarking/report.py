@@ -18,13 +18,15 @@ _SCHEMA = 1
 
 
 def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
-    """Rows of comparisons: times in milliseconds, ratios to the best dense and to the default, and the check."""
+    """Rows of comparisons: times in milliseconds, ratios to best dense, default and no permutation, and the check."""
     table = Table(title=title, title_justify="left")
     table.add_column("model")
     table.add_column("sparse as")
     for column in ("dense default", "dense freezing", "padst", "vs best dense", "vs default", "bytes", "compile"):
         table.add_column(column, justify="right")
     table.add_column("verified")
+    if any(c.permutation_ratio is not None for c in comparisons):
+        table.add_column("time with permutations / without", justify="right")
     for c in comparisons:
         table.add_row(
             _model(c),
@@ -37,12 +39,10 @@ def comparison_table(comparisons: Sequence[Comparison], title: str) -> Table:
             f"{c.bytes_ratio:.3f}x",
             f"{c.compile_seconds[SPARSE] / c.compile_seconds[DENSE_DEFAULT]:.2f}x",
             _verified(c),
+            *([] if c.permutation_ratio is None else [f"{c.permutation_ratio:.3f}x"]),
         )
-        if UNPERMUTED in c.milliseconds:
-            ratio = c.milliseconds[SPARSE] / c.milliseconds[UNPERMUTED]
-            table.add_row(
-                "", "the same, no permutation", "", "", _milliseconds(c, UNPERMUTED), f"cost {ratio:.3f}x", "", "", "", ""
-            )
+        if c.permutation_ratio is not None:
+            table.add_row("", "the same, no permutation", "", "", _milliseconds(c, UNPERMUTED))
     return table
 
 

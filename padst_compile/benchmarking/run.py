@@ -71,9 +71,20 @@ class Comparison:
         """Time of torch.compile's default over sparse time."""
         return self.milliseconds[DENSE_DEFAULT] / self.milliseconds[SPARSE]
 
+    @property
+    def permutation_ratio(self) -> float | None:
+        """Time with permutations over time without; None where the latter was not measured."""
+        plain = self.milliseconds.get(UNPERMUTED)
+        return None if plain is None else self.milliseconds[SPARSE] / plain
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, with the ratios."""
-        ratios = {"speedup": self.speedup, "speedup_over_default": self.speedup_over_default, "best_dense": self.best_dense}
+        ratios = {
+            "speedup": self.speedup,
+            "speedup_over_default": self.speedup_over_default,
+            "best_dense": self.best_dense,
+            "permutation_ratio": self.permutation_ratio,
+        }
         return {**dataclasses.asdict(self), "check": self.check.to_dict(), **ratios}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import __future__
 import ast
 import contextlib
 import inspect
@@ -21,7 +20,7 @@ def edited(function: Callable[..., Any], old: str, new: str) -> Iterator[list[No
     The function stays the same object with other code, so that tables and modules which hold it need no change.
 
     Args:
-        function: without free variables; decorators that return it are left alone.
+        function: without free variables; decorators that keep or wrap it are left alone.
         old: occurs once in its source.
         new: what is written there instead.
 
@@ -31,6 +30,7 @@ def edited(function: Callable[..., Any], old: str, new: str) -> Iterator[list[No
     Raises:
         LookupError: `old` does not occur exactly once.
     """
+    function = inspect.unwrap(function)
     assert isinstance(function, FunctionType)
     source = textwrap.dedent(inspect.getsource(function))
     if source.count(old) != 1:
@@ -54,7 +54,7 @@ def _compiled(function: FunctionType, source: str) -> FunctionType:
     definition.decorator_list = []
     definition.body[:0] = ast.parse(f"{_CALLS}.append(None)").body
     ast.fix_missing_locations(tree)
-    flags = __future__.annotations.compiler_flag  # annotations may name what is imported for type checkers alone
+    flags = annotations.compiler_flag  # what is imported for type checkers alone is not there at run time
     made: dict[str, Any] = {}
     code = compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True)
     exec(code, dict(function.__globals__), made)  # defines the function; its code is run with the original's globals

@@ -142,7 +142,7 @@ class Freedom:
             for part in axis.parts if axis.kind == "product" else ():
                 for leaf in part.walk():
                     if leaf.kind == "leaf":
-                        majors.setdefault(leaf, {}).update(dict.fromkeys(m for m in before if m is not leaf))
+                        majors.setdefault(leaf, {}).update(dict.fromkeys(m for m in before if m is not leaf and m.size != 1))
                 before.append(part.root())
         return majors
 
@@ -170,7 +170,8 @@ class _Decomposition:
         if not np.array_equal(rows // inner, np.broadcast_to(own[:, None], rows.shape)):
             return False
         return self._visit_one(head, own, context) and all(
-            self.visit(rest, row - index * inner, {**context, **_places(head, int(index))}) for index, row in zip(own, rows, strict=True)
+            self.visit(rest, row - index * inner, {**context, **_places(head, int(index))})
+            for index, row in zip(own, rows, strict=True)
         )
 
     def _visit_one(self, axis: Axis, order: Order, context: _Context) -> bool:

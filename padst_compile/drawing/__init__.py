@@ -1,0 +1,1 @@
+"""Pictures of one block of a model, before and after the passes."""
