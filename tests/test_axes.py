@@ -124,6 +124,12 @@ def test_a_sum_and_a_product_that_cross_are_pinned() -> None:
     assert pinned(heads, channels) == [True, True]
 
 
+def test_sums_whose_borders_are_not_known_are_pinned() -> None:
+    a, b = (Axis(2), Axis(TOKENS)), (Axis(TOKENS), Axis(2))
+    unify(sum_of(a), sum_of(b))
+    assert [axis.pinned for axis in (a[0], b[1])] == ["it is divided in two ways that do not meet"] * 2
+
+
 def test_an_axis_that_meets_a_part_of_itself_keeps_its_order() -> None:
     part = Axis(3)
     whole = sum_of([part, Axis(0)])
@@ -171,6 +177,12 @@ def test_a_cut_between_heads_keeps_the_channels_together() -> None:
     assert sizes([left, right]) == [3, 9]
     assert pinned(axis, heads, channels) == [False] * 3
     assert [(of is heads.root(), first, last) for of, first, last in channels.root().instances] == [(True, 0, 1), (True, 1, 4)]
+    assert left.root() is channels.instance(heads, 0, 1)  # one head needs no axis for heads
+
+
+def test_the_last_head_alone_is_its_channels() -> None:
+    axis, (heads, channels) = split_into(12, 4, 3)
+    assert cut(axis, [9, 3])[1].root() is channels.instance(heads, 3, 4)
 
 
 def test_a_cut_through_a_head_pins() -> None:
@@ -178,6 +190,7 @@ def test_a_cut_through_a_head_pins() -> None:
     pieces = cut(axis, [4, 8])
     assert sizes(pieces) == [4, 8]
     assert pinned(axis, heads, channels, *pieces) == [True] * 5
+    assert channels.root().pinned == "it is cut where its structure has no border"
 
 
 # --- align ---
@@ -253,6 +266,14 @@ def test_an_instance_of_a_structure_has_the_same_structure() -> None:
     assert list(found.parts) == [part.instance(heads, 0, 1) for part in parts]
 
 
+def test_an_instance_of_a_sum_is_a_sum() -> None:
+    heads, channels = Axis(4), Axis(6)
+    pieces = cut(channels, [2, 4])
+    found = channels.instance(heads, 0, 1)
+    assert (found.kind, found.size) == ("sum", 6)
+    assert list(found.parts) == [piece.instance(heads, 0, 1) for piece in pieces]
+
+
 def test_an_instance_of_what_is_pinned_is_the_same() -> None:
     channels = Axis(3, "fixed")
     assert channels.instance(Axis(4), 0, 1) is channels
@@ -271,6 +292,12 @@ def test_a_pin_reaches_parts_and_instances() -> None:
     found = channels.instance(heads, 0, 1)
     axis.pin("fixed")
     assert pinned(axis, heads, channels, found) == [True] * 4
+
+
+def test_a_pin_reaches_the_parts_of_a_sum_whose_size_is_not_known() -> None:
+    part = Axis(4)
+    sum_of([part, Axis(TOKENS)]).pin("fixed")
+    assert part.pinned == "fixed"
 
 
 def test_the_first_reason_of_a_pin_stays() -> None:
@@ -293,7 +320,8 @@ def test_compounds_are_flat() -> None:
 
 
 def test_a_compound_of_fixed_parts_is_fixed() -> None:
-    assert pinned(product([Axis(2, "x"), Axis(3, "y")]), product([Axis(2, "x"), Axis(3)])) == [True, False]
+    both, one = product([Axis(2, "x"), Axis(3, "y")]), product([Axis(2, "x"), Axis(3)])
+    assert (both.pinned, one.pinned) == ("x", None)
 
 
 # --- which orders there are ---

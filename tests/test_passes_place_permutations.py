@@ -261,6 +261,18 @@ def test_dynamic_sizes() -> None:
         torch.testing.assert_close(compiled(values), changed(values), rtol=1e-12, atol=1e-10)
 
 
+def test_what_is_joined_to_a_tensor_of_dynamic_size_and_returned_keeps_its_order() -> None:
+    model = sparse(nn.Sequential(nn.Linear(8, WIDTH)), "0", permutation_side="output")
+
+    def joined(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat((model(x).mT, y), 0)
+
+    inputs, dynamic = x(3, 8), x(5, 3)
+    torch._dynamo.mark_dynamic(dynamic, 0)
+    compiled = torch.compile(joined, backend=backend, options={"kernels": "sparse"})
+    torch.testing.assert_close(compiled(inputs, dynamic), joined(inputs, dynamic), rtol=1e-12, atol=1e-10)
+
+
 @pytest.mark.parametrize("change", ["permutation", "weight", "values"])
 def test_a_change_after_compilation_shows(change: str) -> None:
     model = sparse(MLP(), "fc2")

@@ -112,8 +112,9 @@ def _compound(kind: Literal["product", "sum"], parts: Sequence[Axis], size: Size
         return parts[0].root()
     axis = Axis(size)
     axis.kind, axis.parts = kind, tuple(parts)
-    if parts and all(part.root().pinned is not None for part in parts):
-        axis.pinned = parts[0].root().pinned
+    # An axis of unknown size may have free parts: as if it were fixed, a pin would not reach them.
+    fixed = parts and all(part.root().pinned is not None for part in parts)
+    axis.pinned = parts[0].root().pinned if fixed else None
     return axis
 
 
