@@ -162,7 +162,7 @@ def _capture(model: nn.Module, inputs: tuple[Any, ...], keyword_inputs: Mapping[
     model.eval()  # a copy: the graph that counts is the one for inference
     try:
         with torch.no_grad():
-            torch.compile(call, backend=remember)(*inputs, **keyword_inputs)
+            torch.compile(call, backend=remember, dynamic=False)(*inputs, **keyword_inputs)
     finally:
         reset_code(call.__code__)
     return found
