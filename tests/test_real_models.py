@@ -58,7 +58,8 @@ class Translation(Text):
     """The same for an encoder and a decoder."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, decoder_input_ids=ids[:, :5]).logits
+        # Without the cache of keys and values, whose set-up torch 2.11 cannot trace.
+        return self.model(input_ids=ids, decoder_input_ids=ids[:, :5], use_cache=False).logits
 
 
 class Vision(Text):
