@@ -15,7 +15,7 @@ from padst_compile.autotune.cache import JsonCache, cache_folder
 from padst_compile.autotune.measure import interleaved_medians
 from padst_compile.kernels import native
 
-Kernel: TypeAlias = Literal["native", "aten", "dense"]
+Kernel: TypeAlias = Literal["native", "triton", "aten", "dense"]
 
 _REPETITIONS = 5
 _MAX_TOKENS_MEASURED = 4096
@@ -61,7 +61,7 @@ class KernelChoice:
     """What runs a layer, and why.
 
     Args:
-        kernel: "native", "aten" or "dense".
+        kernel: "native" (C++), "triton", "aten" or "dense".
         reason: a sentence for the user.
         sparse_seconds: median time of the sparse product, where it was measured.
         dense_seconds: median time of the dense product, where it was measured.

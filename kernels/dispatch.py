@@ -1,17 +1,54 @@
-"""Picks, per call, the native kernel where there is one, else the ATen path."""
+"""Picks, per call, the native or Triton kernel where there is one, else the ATen path."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib
+from typing import Any, Literal, TypeAlias
 
 import torch
 
-from padst_compile.kernels import native
+from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.formats import format_of, register_format
+from padst_compile.kernels.triton_product import TritonProduct
 from padst_compile.structures import NM, Block, Structure, Topology
 
+SparseKernel: TypeAlias = Literal["native", "triton", "aten"]
+
 register_format(Block.kind, block_aten.BlockFormat())
+
+# Where each structure's Triton kernels are: a module with a `PRODUCT` (`TritonProduct`). Imported at first use.
+_TRITON_PRODUCTS: dict[str, str] = {}
+
+
+def kernel_for(structure: Structure, device: torch.device, dtype: torch.dtype) -> SparseKernel:
+    """What multiplies this structure here: C++ ("native"), Triton, or ATen."""
+    if triton_product(structure, device, dtype) is not None:
+        return "triton"
+    return "native" if has_native_kernel(structure, device, dtype) else "aten"
+
+
+def kernel_op(structure: Structure, kernel: SparseKernel) -> Any:
+    """The op of a native or Triton kernel: `(x, values, *topology, bias, input_permutation, output_permutation, out, *sizes)`.
+
+    Behind these stand `activation="none"`, `residual=None` and, for Triton alone, `gate=None`.
+    """
+    return _triton_product(structure.kind).op if kernel == "triton" else native_op(structure)
+
+
+def triton_product(structure: Structure, device: torch.device, dtype: torch.dtype) -> TritonProduct | None:
+    """The Triton kernels that multiply this structure here, if any do."""
+    if structure.kind not in _TRITON_PRODUCTS or not triton_support.usable(device, dtype):
+        return None
+    product = _triton_product(structure.kind)
+    return product if product.supports(structure, dtype) else None
+
+
+@functools.cache
+def _triton_product(kind: str) -> TritonProduct:
+    product: TritonProduct = importlib.import_module(_TRITON_PRODUCTS[kind]).PRODUCT
+    return product
 
 
 def has_native_kernel(structure: Structure, device: torch.device, dtype: torch.dtype) -> bool:
@@ -40,8 +77,9 @@ def forward(
     out_features: int,
 ) -> torch.Tensor:
     """`padst::structured_linear`, see there."""
-    if has_native_kernel(structure, x.device, x.dtype):
-        y: torch.Tensor = native_op(structure)(
+    kernel = kernel_for(structure, x.device, x.dtype)
+    if kernel != "aten":
+        y: torch.Tensor = kernel_op(structure, kernel)(
             x, values, *topology, bias, input_permutation, output_permutation, out_features, *native_sizes(structure)
         )
         return y
@@ -59,6 +97,9 @@ def input_gradient(
     structure: Structure, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int
 ) -> torch.Tensor:
     """`grad @ S` for `grad` [tokens, out]."""
+    product = triton_product(structure, grad.device, grad.dtype)
+    if product is not None:
+        return product.input_gradient(structure, grad, values, topology, in_features)
     if isinstance(structure, Block) and has_native_kernel(structure, grad.device, grad.dtype):
         # S.T is block-sparse too: the forward kernel on the transposed blocks.
         transposed, blocks, index = block_aten.transpose(structure, values, topology, grad.shape[1], in_features)
@@ -70,6 +111,9 @@ def value_gradient(
     structure: Structure, grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
     """The active entries of `grad.T @ x` for `grad` [tokens, out] and `x` [tokens, in]."""
+    product = triton_product(structure, grad.device, grad.dtype)
+    if product is not None:
+        return product.value_gradient(structure, grad, x, values, topology)
     return format_of(structure).value_gradient(structure, grad, x, values, topology)
 
 

@@ -9,12 +9,13 @@ that costs nothing; indices of features and blocks fit in int32.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -67,6 +68,29 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _capable(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= _OLDEST_CAPABILITY
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel: what a call does, and, made from meta tensors, what `offline.py` compiles.
+
+    Args:
+        kernel: the `triton.jit` function.
+        grid: programs along each axis.
+        arguments: by the names of the kernel's parameters; None where a pointer is optional.
+        warps: per program.
+        stages: of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def __call__(self) -> None:
+        """Launch, on the current device."""
+        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:

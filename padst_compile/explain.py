@@ -36,7 +36,7 @@ class LayerExplanation:
         shape: "in -> out" features.
         structure: short form, or "dense".
         density: active weights as a fraction.
-        kernel: "native", "aten" or "dense".
+        kernel: "native" (C++), "triton", "aten" or "dense".
         fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
             "residual").
         reason: why this kernel, or why the layer is dense.

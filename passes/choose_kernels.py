@@ -1,4 +1,4 @@
-"""structured_linear(x, S, …)  ==  native kernel of S   or   F.linear(x, dense(S), b)
+"""structured_linear(x, S, …)  ==  native or Triton kernel of S   or   F.linear(x, dense(S), b)
 
 Lowers every structured product to the fastest thing that computes it here. In inference the native op is called directly,
 and the dense weight of a layer that stays dense, its permutations folded in, is made once. While training the op keeps
@@ -96,14 +96,14 @@ class ChooseKernels(RewriteRule):
         decision, native = call.decision(choice), None
         if choice.kernel == "dense":
             _lower_to_dense(call)
-        elif facts.inference and choice.kernel == "native":
-            native = _lower_to_native(call)
+        elif facts.inference and choice.kernel != "aten":
+            native = _lower_to_native(call, choice.kernel)
         self._decided.append((decision, native))
 
     def _choose(self, call: _Call) -> KernelChoice:
         if isinstance(call.structure, Unstructured):
             return KernelChoice("dense", "unstructured sparsity has no kernel that beats dense; it is the accuracy baseline")
-        sparse: Kernel = "native" if dispatch.has_native_kernel(call.structure, call.device, call.dtype) else "aten"
+        sparse = dispatch.kernel_for(call.structure, call.device, call.dtype)
         if self.policy == "dense":
             return KernelChoice("dense", "asked for by options={'kernels': 'dense'}")
         if self.policy == "sparse":
@@ -187,13 +187,13 @@ class _Call:
 _SIDES = (("in", "input_permutation"), ("out", "output_permutation"))
 
 
-def _lower_to_native(call: _Call) -> fx.Node:
+def _lower_to_native(call: _Call, kernel: Literal["native", "triton"]) -> fx.Node:
     node, graph = call.node, call.node.graph
     names = ("x", "values", "bias")
     with graph.inserting_before(node):
         x, values, bias = (_cast(call, argument(node, name)) for name in names)
         native = graph.call_function(
-            dispatch.native_op(call.structure),
+            dispatch.kernel_op(call.structure, kernel),
             (
                 x, values, *argument(node, "topology"), bias, argument(node, "input_permutation"),
                 argument(node, "output_permutation"), argument(node, "out_features"), *dispatch.native_sizes(call.structure),

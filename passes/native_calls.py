@@ -1,4 +1,4 @@
-"""Questions about calls of the native kernels, which `ChooseKernels` makes in inference alone."""
+"""Questions about calls of the native (C++) and Triton kernels, which `ChooseKernels` makes in inference alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from torch import fx
 
 from padst_compile.passes.graph import argument
 
+_NAMESPACES = ("padst_native", "padst_triton")
+
 
 def is_native_linear(node: object) -> bool:
-    """Whether `node` calls a native kernel; false where there are none, because nothing made such a call."""
-    return (
-        isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "padst_native"
-    )
+    """Whether `node` calls such a kernel; false where there are none, because nothing made such a call."""
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target.namespace in _NAMESPACES
 
 
 def epilogue(node: fx.Node) -> tuple[str, ...]:

@@ -38,12 +38,12 @@ def _structured_linear(
     return _product(parse(structure), x, values, topology, *tables, out_features, *epilogue)
 
 
-@definition("padst_native::block_linear")
+@definition("padst_native::block_linear", "padst_triton::block_linear")
 def _block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *rest: Any) -> Any:
     return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *rest)
 
 
-@definition("padst_native::nm_linear")
+@definition("padst_native::nm_linear", "padst_triton::nm_linear")
 def _nm_linear(
     x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
     n: int, m: int, *epilogue: Any,
@@ -52,20 +52,21 @@ def _nm_linear(
     return _product(NM(n, m, values.shape[2]), x, values, (offsets,), *tables, out_features, *epilogue)
 
 
-@definition("padst_native::diagonal_linear")
+@definition("padst_native::diagonal_linear", "padst_triton::diagonal_linear")
 def _diagonal_linear(x: Any, values: Any, offsets: Any, *rest: Any) -> Any:
     return _product(Diagonal(), x, values, (offsets,), *rest)
 
 
 def _product(
     structure: Structure, x: Any, values: Any, topology: Sequence[Any], bias: Any, input_permutation: Any,
-    output_permutation: Any, out_features: int, activation: str = "none", residual: Any = None,
+    output_permutation: Any, out_features: int, activation: str = "none", residual: Any = None, gate: Any = None,
 ) -> Any:  # fmt: skip
-    """`act(permute(permute(x, input) @ S.T, output) + bias) + residual`."""
+    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`."""
     if activation not in _ACTIVATIONS:
         raise NotImplementedError(f"the activation {activation!r} of a product")
     weight = structure.unpack(values, tuple(topology), Shape(out_features, x.shape[-1]))
     y = F.linear(x if input_permutation is None else x.index_select(-1, input_permutation), weight)
     y = y if output_permutation is None else y.index_select(-1, output_permutation)
     y = _ACTIVATIONS[activation](y if bias is None else y + bias)
+    y = y if gate is None else y * gate
     return y if residual is None else y + residual
