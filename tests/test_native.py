@@ -87,7 +87,7 @@ def _tanh_exponent(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {
     "none": Activation(lambda x: x),
     "relu": Activation(lambda x: x.clamp(min=0)),
-    "gelu": Activation(_exact_gelu, 1.13, lambda x: torch.full_like(x, 2 * (4.3 + 4.8 + 3 + 3) + 1), 2e-38),
+    "gelu": Activation(_exact_gelu, 1.13, lambda x: torch.full_like(x, 2 * (4.3 + 4.8 + 3 + 3) + 1), 8e-38),
     "gelu_tanh": Activation(
         lambda x: x * torch.sigmoid(_tanh_exponent(x)), 1.13, lambda x: 6.3 + 5 * _tanh_exponent(x.clamp(max=0)).abs(), 1e-36
     ),
@@ -299,6 +299,30 @@ class TestActivations:
     def test_limits(self, name: str, dtype: torch.dtype) -> None:
         x = torch.tensor([[float("inf")], [float("nan")], [0.0], [1e4]]).to(dtype).expand(4, 64)
         assert torch.equal(multiply_by_one(Diagonal(), name, dtype)(x).nan_to_num(1.0, 2.0), x.nan_to_num(1.0, 2.0))
+
+    def test_far_arguments_give_no_subnormal_numbers(self, name: str, dtype: torch.dtype) -> None:
+        x = -torch.linspace(8, 200, 64 * 500).to(dtype).reshape(-1, 64)
+        y = multiply_by_one(Diagonal(), name, torch.float32)(x.float())
+        assert not bool(((y != 0) & (y.abs() < torch.finfo(torch.float32).smallest_normal)).any())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("token_tile", [1, 5, 16, 1000])
+def test_the_token_tile_changes_no_result(dtype: torch.dtype, token_tile: int) -> None:
+    layer = Layer.random(Block(16), Shape(70, 53), dtype).with_extras(True, True, True)
+    for tokens in (1, 7, 33):
+        arguments = (layer.values, *layer.topology, layer.bias, layer.input_permutation, layer.output_permutation, 70)
+        x = torch.randn(tokens, 53).to(dtype)
+        tiled = torch.ops.padst_native.block_linear(x, *arguments, token_tile=token_tile)
+        torch.testing.assert_close(tiled, layer(x), rtol=0, atol=0)
+
+
+@needs_native
+def test_a_negative_token_tile_is_refused() -> None:
+    layer = Layer.random(Block(8), Shape(16, 16), torch.float32)
+    with pytest.raises(RuntimeError, match="token_tile must not be negative"):
+        torch.ops.padst_native.block_linear(torch.randn(2, 16), layer.values, *layer.topology, None, None, None, 16, token_tile=-1)
 
 
 @needs_native

@@ -16,7 +16,7 @@
 namespace padst {
 namespace {
 
-// Tokens per tile: a tile of outputs in float should stay in L2, and tiles feed 16-bit matrix units with more tokens.
+// Tokens per tile by default: a tile of outputs in float should stay in L2, and tiles feed 16-bit matrix units with more tokens.
 template <typename C>
 constexpr int64_t kTokenTile = MicroKernel<C>::kPairs ? 64 : 32;
 
@@ -237,9 +237,9 @@ std::vector<int64_t> split_block_rows(const BlockMatrix& s, int64_t parts) {
 template <typename T, typename C>
 void run(
     const BlockMatrix& s, const PackedBlocks<C>& blocks, const T* x, const int32_t* permutation, int64_t total_tokens,
-    const Output<T>& output, const std::vector<int64_t>& bounds) {
+    int64_t token_tile, const Output<T>& output, const std::vector<int64_t>& bounds) {
   const int64_t threads = at::get_num_threads(), parts = static_cast<int64_t>(bounds.size()) - 1;
-  const int64_t tile = balanced_tile(total_tokens, kTokenTile<C>, threads);
+  const int64_t tile = balanced_tile(total_tokens, token_tile, threads);
   const int64_t z_stride = round_up(s.out_features, kLanes) + kLanes;  // off the power of two that would share cache sets
   at::parallel_for(0, ceil_div(total_tokens, tile) * parts, 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
@@ -261,7 +261,7 @@ void run(
 template <typename T, typename C>
 void dispatch(
     const BlockMatrix& s, const at::Tensor& x, const at::Tensor& values, const EpilogueOperands& epilogue,
-    const int32_t* input_permutation, const int32_t* output_permutation, at::Tensor& y) {
+    const int32_t* input_permutation, const int32_t* output_permutation, int64_t token_tile, at::Tensor& y) {
   const at::Tensor operand = values.to(c10::CppTypeToScalarType<C>::value);
   PackedBlocks<C> blocks{operand.const_data_ptr<C>(), s.rows * s.columns};
   const int64_t packed_stride = round_up(s.columns, MicroKernel<C>::kStep) * s.rows;
@@ -271,7 +271,8 @@ void dispatch(
     blocks = {packed.data(), packed_stride};
   }
   const int64_t tokens = x.numel() / s.in_features, threads = at::get_num_threads();
-  const bool few_tokens = tokens < threads * kTokenTile<C>;
+  const int64_t tile = token_tile > 0 ? token_tile : kTokenTile<C>;
+  const bool few_tokens = tokens < threads * tile;
   const std::vector<int64_t> bounds = split_block_rows(s, few_tokens ? std::min(threads, s.block_rows) : 1);
   std::vector<int32_t> target;
   if (output_permutation != nullptr && bounds.size() > 2) {
@@ -279,7 +280,7 @@ void dispatch(
   }
   const Output<T> output(
       y.mutable_data_ptr<T>(), s.out_features, epilogue.pointers<T>(), output_permutation, target.empty() ? nullptr : target.data());
-  run<T, C>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, output, bounds);
+  run<T, C>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, tile, output, bounds);
 }
 
 // The dispatch for T, with its own micro-kernel or, where it has none, float's.
@@ -298,9 +299,10 @@ bool block_linear_supports(at::ScalarType dtype) {
 at::Tensor block_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& row_pointers, const at::Tensor& columns,
     const OptionalTensor& bias, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
-    int64_t out_features, std::string_view activation, const OptionalTensor& residual) {
+    int64_t out_features, std::string_view activation, const OptionalTensor& residual, int64_t token_tile) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "block_linear has no micro-kernel for ", x_in.scalar_type(), " here");
+  TORCH_CHECK(token_tile >= 0, "token_tile must not be negative, got ", token_tile);
   const at::Tensor x = x_in.contiguous(), values = values_in.contiguous();
   const BlockMatrix s = describe(x, values, row_pointers, columns, out_features);
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
@@ -314,7 +316,7 @@ at::Tensor block_linear(
   const auto kernel = x.scalar_type() == at::kFloat ? dispatch_for<float>()
       : x.scalar_type() == at::kBFloat16            ? dispatch_for<at::BFloat16>()
                                                     : dispatch_for<at::Half>();
-  kernel(s, x, values, epilogue, in_table, out_table, y);
+  kernel(s, x, values, epilogue, in_table, out_table, token_tile, y);
   return y;
 }
 

@@ -284,6 +284,7 @@ def _fake_block_linear(
     out_features: int,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    token_tile: int = 0,
 ) -> torch.Tensor:
     return _fake_output(x, out_features)
 

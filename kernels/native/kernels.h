@@ -14,11 +14,12 @@ bool block_linear_supports(at::ScalarType dtype);
 bool row_gather_supports(at::ScalarType dtype);
 
 // S in block compressed rows: row_pointers [block rows + 1], columns [blocks], values [blocks, block columns, rows].
+// token_tile: tokens that are worked on at a time, 0 for the default; a matter of speed alone.
 at::Tensor block_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& input_permutation,
     const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
-    const std::optional<at::Tensor>& residual);
+    const std::optional<at::Tensor>& residual, int64_t token_tile);
 
 // S with n of every m inputs: offsets uint8 [row groups, slots], values [row groups, slots, vector].
 at::Tensor nm_linear(

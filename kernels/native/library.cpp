@@ -14,7 +14,7 @@ TORCH_LIBRARY(padst_native, m) {
   m.def(
       "block_linear(Tensor x, Tensor values, Tensor row_pointers, Tensor columns, Tensor? bias, "
       "Tensor? input_permutation, Tensor? output_permutation, int out_features, str activation=\"none\", "
-      "Tensor? residual=None) -> Tensor",
+      "Tensor? residual=None, int token_tile=0) -> Tensor",
       tags);
   m.def(
       "nm_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
