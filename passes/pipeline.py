@@ -28,6 +28,7 @@ from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import PERMUTE, is_call, layer_name
+from padst_compile.passes.interleave_blocks import InterleaveBlocks
 from padst_compile.passes.place_permutations import PlacePermutations
 from padst_compile.passes.recognize_gelu import RecognizeGelu
 from padst_compile.passes.remove_dropout import RemoveDropout
@@ -54,6 +55,7 @@ RULES: tuple[type[Pass], ...] = (
     ChooseKernels,
     FuseActivation,
     FuseResidual,
+    InterleaveBlocks,
     TanhGate,
 )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from padst_compile.kernels.native.build import (
     NativeKernelsUnavailable,
+    interleaves,
     load,
     source_hash,
     supports,
     unavailable_reason,
 )
 
-__all__ = ["NativeKernelsUnavailable", "load", "source_hash", "supports", "unavailable_reason"]
+__all__ = ["NativeKernelsUnavailable", "interleaves", "load", "source_hash", "supports", "unavailable_reason"]

@@ -36,15 +36,21 @@ struct BlockMatrix {
   }
 };
 
+// Whether values are interleaved already: [blocks, block columns / 2, block rows, 2].
+bool is_interleaved(const at::Tensor& values) {
+  return values.dim() == 4;
+}
+
 BlockMatrix describe(
-    const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
+    int64_t in_features, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
     int64_t out_features) {
+  const bool interleaved = is_interleaved(values);
   TORCH_CHECK(
-      values.dim() == 3 && values.size(1) > 0 && values.size(2) > 0, "values must be [blocks, block columns, block rows], got ",
-      values.sizes());
+      (values.dim() == 3 || (interleaved && values.size(3) == 2)) && values.size(1) > 0 && values.size(2) > 0,
+      "values must be [blocks, block columns, block rows], or interleaved, got ", values.sizes());
   const BlockMatrix s{
-      x.size(-1),     out_features,   ceil_div(out_features, values.size(2)),
-      values.size(2), values.size(1), int32_pointer(row_pointers, "row_pointers"),
+      in_features,    out_features,                            ceil_div(out_features, values.size(2)),
+      values.size(2), values.size(1) * (interleaved ? 2 : 1),  int32_pointer(row_pointers, "row_pointers"),
       int32_pointer(columns, "columns")};
   TORCH_CHECK(columns.numel() == values.size(0), "columns has ", columns.numel(), " entries for ", values.size(0), " blocks");
   TORCH_CHECK(
@@ -262,13 +268,17 @@ template <typename T, typename C>
 void dispatch(
     const BlockMatrix& s, const at::Tensor& x, const at::Tensor& values, const EpilogueOperands& epilogue,
     const int32_t* input_permutation, const int32_t* output_permutation, int64_t token_tile, at::Tensor& y) {
+  TORCH_CHECK(!is_interleaved(values) || MicroKernel<C>::kPairs, "no micro-kernel reads interleaved blocks of ", x.scalar_type());
   const at::Tensor operand = values.to(c10::CppTypeToScalarType<C>::value);
-  PackedBlocks<C> blocks{operand.const_data_ptr<C>(), s.rows * s.columns};
-  const int64_t packed_stride = round_up(s.columns, MicroKernel<C>::kStep) * s.rows;
-  const Scratch<C> packed(MicroKernel<C>::kPairs ? s.blocks() * packed_stride : 0);
+  const int64_t stride = round_up(s.columns, MicroKernel<C>::kStep) * s.rows;
+  PackedBlocks<C> blocks{operand.const_data_ptr<C>(), stride};
+  const bool interleave = MicroKernel<C>::kPairs && !is_interleaved(values);
+  const Scratch<C> packed(interleave ? s.blocks() * stride : 0);
   if constexpr (MicroKernel<C>::kPairs) {
-    interleave_blocks(s, blocks.data, packed.data());
-    blocks = {packed.data(), packed_stride};
+    if (interleave) {
+      interleave_blocks(s, blocks.data, packed.data());
+      blocks.data = packed.data();
+    }
   }
   const int64_t tokens = x.numel() / s.in_features, threads = at::get_num_threads();
   const int64_t tile = token_tile > 0 ? token_tile : kTokenTile<C>;
@@ -289,7 +299,28 @@ auto dispatch_for() {
   return has_micro_kernel<T>() ? dispatch<T, T> : dispatch<T, float>;
 }
 
+template <typename T>
+at::Tensor interleaved(const BlockMatrix& s, const at::Tensor& values) {
+  at::Tensor packed = at::empty({s.blocks(), ceil_div(s.columns, 2), s.rows, 2}, values.options());
+  interleave_blocks(s, values.const_data_ptr<T>(), packed.mutable_data_ptr<T>());
+  return packed;
+}
+
 }  // namespace
+
+bool block_linear_interleaves(at::ScalarType dtype) {
+  return (dtype == at::kBFloat16 && has_micro_kernel<at::BFloat16>()) || (dtype == at::kHalf && has_micro_kernel<at::Half>());
+}
+
+at::Tensor interleave_blocks(
+    const at::Tensor& values_in, const at::Tensor& row_pointers, const at::Tensor& columns, int64_t in_features,
+    int64_t out_features) {
+  const at::Tensor values = values_in.contiguous();
+  TORCH_CHECK(values.device().is_cpu() && block_linear_interleaves(values.scalar_type()), "no interleaving for ", values.toString());
+  TORCH_CHECK(values.dim() == 3 && values.size(1) % 2 == 0, "values must be [blocks, an even number, rows], got ", values.sizes());
+  const BlockMatrix s = describe(in_features, values, row_pointers, columns, out_features);
+  return values.scalar_type() == at::kHalf ? interleaved<at::Half>(s, values) : interleaved<at::BFloat16>(s, values);
+}
 
 bool block_linear_supports(at::ScalarType dtype) {
   // 16-bit activations are converted where only the float micro-kernel exists.
@@ -304,7 +335,7 @@ at::Tensor block_linear(
   TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "block_linear has no micro-kernel for ", x_in.scalar_type(), " here");
   TORCH_CHECK(token_tile >= 0, "token_tile must not be negative, got ", token_tile);
   const at::Tensor x = x_in.contiguous(), values = values_in.contiguous();
-  const BlockMatrix s = describe(x, values, row_pointers, columns, out_features);
+  const BlockMatrix s = describe(x.size(-1), values, row_pointers, columns, out_features);
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, out_features, "output_permutation");
   const EpilogueOperands epilogue(x, out_features, bias, activation, residual);

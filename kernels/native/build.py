@@ -76,6 +76,11 @@ def unavailable_reason() -> str | None:
     return _reason
 
 
+def interleaves(dtype: torch.dtype) -> bool:
+    """Whether `block_linear` should be given blocks from `interleave_blocks`; False where the library is not loaded."""
+    return bool(_loaded) and bool(torch.ops.padst_native.block_linear_interleaves(dtype))
+
+
 def supports(kind: str, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for a structure and a dtype on this CPU; False where the library is not loaded.
 
@@ -264,6 +269,7 @@ def _summary(failure: Exception | None) -> str:
 
 def _register_fakes() -> None:
     """Shapes and dtypes of the results, for tracing; the structure's tensors do not matter to them."""
+    torch.library.register_fake(f"{_NAME}::interleave_blocks", _fake_interleave_blocks)
     torch.library.register_fake(f"{_NAME}::block_linear", _fake_block_linear)
     torch.library.register_fake(f"{_NAME}::nm_linear", _fake_nm_linear)
     torch.library.register_fake(f"{_NAME}::diagonal_linear", _fake_diagonal_linear)
@@ -271,6 +277,12 @@ def _register_fakes() -> None:
 
 def _fake_output(x: torch.Tensor, out_features: int) -> torch.Tensor:
     return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+
+
+def _fake_interleave_blocks(
+    values: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, in_features: int, out_features: int
+) -> torch.Tensor:
+    return values.new_empty((values.shape[0], values.shape[1] // 2, values.shape[2], 2))
 
 
 def _fake_block_linear(

@@ -13,7 +13,17 @@ namespace padst {
 bool block_linear_supports(at::ScalarType dtype);
 bool row_gather_supports(at::ScalarType dtype);
 
-// S in block compressed rows: row_pointers [block rows + 1], columns [blocks], values [blocks, block columns, rows].
+// Whether block_linear is faster with interleaved values of this dtype, because its micro-kernel reads them so.
+bool block_linear_interleaves(at::ScalarType dtype);
+
+// values [blocks, block columns, rows] -> [blocks, block columns / 2, rows, 2] for an even number of columns; weights of inputs
+// beyond in_features become zero.
+at::Tensor interleave_blocks(
+    const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns, int64_t in_features,
+    int64_t out_features);
+
+// S in block compressed rows: row_pointers [block rows + 1], columns [blocks], values [blocks, block columns, rows], or the same
+// interleaved.
 // token_tile: tokens that are worked on at a time, 0 for the default; a matter of speed alone.
 at::Tensor block_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,

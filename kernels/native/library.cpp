@@ -6,11 +6,14 @@
 
 TORCH_LIBRARY(padst_native, m) {
   m.def("block_linear_supports(ScalarType dtype) -> bool", &padst::block_linear_supports);
+  m.def("block_linear_interleaves(ScalarType dtype) -> bool", &padst::block_linear_interleaves);
   m.def("nm_linear_supports(ScalarType dtype) -> bool", &padst::row_gather_supports);
   m.def("diagonal_linear_supports(ScalarType dtype) -> bool", &padst::row_gather_supports);
 
   // Contiguous inputs spare the kernels a copy; Inductor would otherwise pass whatever strides it finds.
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_contiguous_strides};
+  m.def(
+      "interleave_blocks(Tensor values, Tensor row_pointers, Tensor columns, int in_features, int out_features) -> Tensor", tags);
   m.def(
       "block_linear(Tensor x, Tensor values, Tensor row_pointers, Tensor columns, Tensor? bias, "
       "Tensor? input_permutation, Tensor? output_permutation, int out_features, str activation=\"none\", "
@@ -27,6 +30,7 @@ TORCH_LIBRARY(padst_native, m) {
 }
 
 TORCH_LIBRARY_IMPL(padst_native, CPU, m) {
+  m.impl("interleave_blocks", &padst::interleave_blocks);
   m.impl("block_linear", &padst::block_linear);
   m.impl("nm_linear", &padst::nm_linear);
   m.impl("diagonal_linear", &padst::diagonal_linear);

@@ -38,8 +38,25 @@ def _structured_linear(
     return _product(parse(structure), x, values, topology, *tables, out_features, *epilogue)
 
 
-@definition("padst_native::block_linear", "padst_triton::block_linear")
-def _block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *rest: Any) -> Any:
+@definition("padst_native::interleave_blocks")
+def _interleave_blocks(values: Any, row_pointers: Any, columns: Any, in_features: int, out_features: int) -> Any:
+    blocks, width, rows = values.shape
+    return values.reshape(blocks, width // 2, 2, rows).transpose(2, 3)
+
+
+@definition("padst_native::block_linear")
+def _native_block_linear(
+    x: Any, values: Any, row_pointers: Any, columns: Any, bias: Any, input_permutation: Any, output_permutation: Any,
+    out_features: int, activation: str = "none", residual: Any = None, token_tile: int = 0,
+) -> Any:  # fmt: skip
+    if len(values.shape) == 4:  # interleaved: [blocks, pairs, rows, 2]
+        values = values.transpose(2, 3).flatten(1, 2)
+    tables = (bias, input_permutation, output_permutation)
+    return _triton_block_linear(x, values, row_pointers, columns, *tables, out_features, activation, residual)
+
+
+@definition("padst_triton::block_linear")
+def _triton_block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *rest: Any) -> Any:
     return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *rest)
 
 
