@@ -19,7 +19,7 @@ SparseKernel: TypeAlias = Literal["native", "triton", "aten"]
 register_format(Block.kind, block_aten.BlockFormat())
 
 # Where each structure's Triton kernels are: a module with a `PRODUCT` (`TritonProduct`). Imported at first use.
-_TRITON_PRODUCTS: dict[str, str] = {}
+_TRITON_PRODUCTS = {"block": "padst_compile.kernels.block.triton_op"}
 
 
 def kernel_for(structure: Structure, device: torch.device, dtype: torch.dtype) -> SparseKernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 # Without a deadline, because a first call may compile; without a database, so that a run depends on the code alone.
 _COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
@@ -19,6 +21,40 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # Native builds are kept between runs, but neither read from nor written to the user's own cache.
 os.environ.setdefault("PADST_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "padst_compile"))
+
+
+# Without a GPU, Triton's interpreter runs the kernels. Triton looks when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def triton_device() -> Iterator[torch.device]:
+    """Where Triton kernels run: the GPU, or the CPU in Triton's interpreter."""
+    from padst_compile.kernels import triton_support
+
+    if not triton_support.installed():
+        pytest.skip("there is no Triton on this system")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    _repair_interpreter()
+    with triton_support.interpreted():
+        yield torch.device("cpu")
+
+
+@functools.cache
+def _repair_interpreter() -> None:
+    """Triton 3.6's interpreter takes the bounds of a loop from arrays of one element, which numpy 2.4 refuses to convert."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +69,6 @@ def _fresh_compiler_state() -> Iterator[None]:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """NaN in whatever `torch.empty` and `at::empty` return, so that a kernel that leaves an output unwritten shows."""
-    import torch
-
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

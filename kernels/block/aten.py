@@ -50,13 +50,23 @@ def transpose(
     structure: Block, values: torch.Tensor, topology: Topology, out_features: int, in_features: int
 ) -> tuple[Block, torch.Tensor, Topology]:
     """S [out, in] -> S.T, as structure, values and topology."""
-    row_count, column_count = structure.grid(Shape(out_features, in_features))
-    rows, columns = structure.block_rows(topology), topology[1].long()
-    order = torch.argsort(columns * row_count + rows)
-    row_pointers = torch.zeros(column_count + 1, dtype=torch.int32, device=values.device)
-    row_pointers[1:] = torch.bincount(columns, minlength=column_count).cumsum(0)
+    row_pointers, columns, order = transposed_index(structure, topology, out_features, in_features)
     blocks = values[order].transpose(1, 2).contiguous()
-    return Block((structure.columns, structure.rows)), blocks, (row_pointers, rows[order].int())
+    return Block((structure.columns, structure.rows)), blocks, (row_pointers, columns)
+
+
+def transposed_index(
+    structure: Block, topology: Topology, out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The topology of S.T for S [out, in], and where each of its blocks lies among those of S: int32, int32, int64.
+
+    Made on the device of the topology; nothing waits for it.
+    """
+    row_count, column_count = structure.grid(Shape(out_features, in_features))
+    rows = structure.block_rows(topology)
+    cells, order = torch.sort(topology[1].long() * row_count + rows)
+    bounds = torch.arange(column_count + 1, device=cells.device) * row_count
+    return torch.searchsorted(cells, bounds, out_int32=True), rows[order].int(), order
 
 
 def _tiles(x: torch.Tensor, count: int, width: int) -> torch.Tensor:
