@@ -1,19 +1,29 @@
-"""Measurements kept between processes: one readable JSON file, replaced atomically, shared under a lock."""
+"""Results of searches, kept between processes: one readable JSON file per problem in a folder.
+
+A file is replaced atomically, so that a reader sees the old result or the new one, whoever is killed in between. Whoever
+searches holds the problem's lock, which the system drops with the process. A file that cannot be read, or that belongs to
+another problem, costs a warning and is replaced.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
 import platformdirs
 
-_VERSION = 1
-_LOCK_SECONDS = 10.0
+from padst_compile.autotune.entry import Entry
+from padst_compile.autotune.keys import Key, relatives
+from padst_compile.files import replace_text
+
+VERSION = 1
+_LOCK_SECONDS = 600.0  # longer than a search takes
 
 
 def cache_folder() -> Path:
@@ -21,59 +31,105 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PADST_CACHE_DIR") or platformdirs.user_cache_dir("padst_compile"))
 
 
-class JsonCache:
-    """A dictionary of JSON values in a file. An unusable file costs a warning and a rebuild, never an error."""
+class Cache:
+    """The results in one folder. Whatever is wrong with the folder costs a warning, never an error."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._entries: dict[str, Any] | None = None
-        self._warned = False
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[str, Entry] = {}
+        self._warned: set[str] = set()
 
-    def get(self, key: str) -> Any | None:
-        """The value stored under `key`, or None."""
-        return self._current().get(key)
+    def read(self, key: Key) -> Entry | None:
+        """The result for a key, or None."""
+        name = key.name
+        if name not in self._known:
+            stored = self._load(self.folder / f"{name}.json")
+            if stored is None:
+                return None
+            if stored[0] != key.to_dict():
+                self._warn(name, f"{self.folder / name}.json is about another problem and will be replaced")
+                return None
+            self._known[name] = stored[1]
+        return self._known[name]
 
-    def put(self, key: str, value: Any) -> None:
-        """Store a value; what other processes stored in the meantime is kept."""
-        self._current()[key] = value
+    def refresh(self, key: Key) -> Entry | None:
+        """The result for a key as it is in the folder now: another process may have stored a better one."""
+        known = self._known.pop(key.name, None)
+        found = self.read(key)
+        if found is None and known is not None:  # kept in memory alone, where the folder cannot be written
+            self._known[key.name] = known
+        return found or known
+
+    def write(self, key: Key, entry: Entry) -> None:
+        """Store a result, in this process and, where that is possible, in the folder."""
+        self._known[key.name] = entry
+        text = json.dumps({"version": VERSION, "key": key.to_dict(), **entry.to_dict()}, indent=1)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with filelock.FileLock(f"{self.path}.lock", timeout=_LOCK_SECONDS):
-                entries = {**self._read(), key: value}
-                self._write(entries)
-        except (OSError, filelock.Timeout) as error:
-            warnings.warn(f"measurements are not kept for the next run: {error}", stacklevel=2)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            replace_text(self.folder / f"{key.name}.json", text + "\n")
+        except OSError as error:
+            self._warn("", f"measurements are not kept for the next run: {error}")
 
-    def _current(self) -> dict[str, Any]:
-        if self._entries is None:
-            self._entries = self._read()
-        return self._entries
+    def relatives(self, key: Key) -> Iterator[tuple[dict[str, Any], Entry]]:
+        """Keys and results of the same layer at other numbers of tokens, or with another epilogue."""
+        family = relatives(key.to_dict())
+        for path in sorted(self.folder.glob(f"{key.family}_t*.json")):
+            stored = self._load(path)
+            if stored is not None and relatives(stored[0]) == family:
+                yield stored
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            data = json.loads(self.path.read_text())
-            return _entries(data)
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if not self._warned:
-                warnings.warn(f"{self.path} is unusable and will be rebuilt: {error!r}", stacklevel=2)
-            self._warned = True
-            return {}
-
-    def _write(self, entries: dict[str, Any]) -> None:
-        text = json.dumps({"version": _VERSION, "entries": entries}, indent=1, sort_keys=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+    @contextmanager
+    def claim(self, key: Key) -> Iterator[None]:
+        """Hold a problem's lock, waiting for whoever holds it; without one where the folder has no place for locks."""
+        with ExitStack() as held:
             try:
-                file.write(text)
-                file.flush()
-                Path(file.name).replace(self.path)
-            except BaseException:
-                Path(file.name).unlink()
-                raise
+                locks = self.folder / "locks"
+                locks.mkdir(parents=True, exist_ok=True, mode=0o700)
+                held.enter_context(filelock.FileLock(locks / f"{key.name}.lock", timeout=_LOCK_SECONDS))
+            except (OSError, NotImplementedError, filelock.Timeout) as error:
+                self._warn("lock", f"other processes may measure the same: {error}")
+            yield
+
+    def _load(self, path: Path) -> tuple[dict[str, Any], Entry] | None:
+        """Key and result in a file; None where there is none that makes sense."""
+        try:
+            return read_stored(json.loads(path.read_text()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self._warn(path.name, f"{path} is unusable and will be replaced: {error!r}")
+            return None
+
+    def _warn(self, about: str, message: str) -> None:
+        """Say something once per file."""
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=2)
 
 
-def _entries(data: Any) -> dict[str, Any]:
-    if data["version"] != _VERSION or not isinstance(data["entries"], dict):
-        raise ValueError(f"version {data['version']!r}")
-    return dict(data["entries"])
+def read_stored(data: Any) -> tuple[dict[str, Any], Entry]:
+    """Key and result of one stored object.
+
+    Raises:
+        ValueError, TypeError, KeyError: data that this version does not write.
+    """
+    if data["version"] != VERSION:
+        raise ValueError(f"version {data['version']!r}, not {VERSION}")
+    key = data["key"]
+    if not isinstance(key["problem"]["tokens"], int) or not isinstance(key["environment"], dict):
+        raise TypeError("no key")
+    entry = Entry.from_dict(data)
+    first, names = entry.default.candidate, [timing.candidate.kernel for timing in entry.timings]
+    wanted = key["problem"]["kernels"] if key["kind"] == "layer" else [key["problem"]["kernel"]]
+    if first.tile is not None or list(dict.fromkeys(names)) != wanted:
+        raise ValueError(f"measured {', '.join(names)}, not {', '.join(wanted)} from their defaults on")
+    return key, entry
+
+
+def read_shipped(folder: Path) -> Iterable[tuple[dict[str, Any], Entry]]:
+    """Keys and results in the files of a folder, each a list of stored objects.
+
+    Raises:
+        ValueError, TypeError, KeyError: a file that this version does not write; the package ships none.
+    """
+    return [read_stored(data) for path in sorted(folder.glob("*.json")) for data in json.loads(path.read_text())]

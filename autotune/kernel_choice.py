@@ -1,59 +1,24 @@
-"""Sparse kernel or dense product: measured once per layer shape, remembered, and explained."""
+"""What runs a layer, and why: looked up, measured, or reckoned, whichever the effort asks for."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import platform
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeGuard
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 
-from padst_compile.autotune.cache import JsonCache, cache_folder
-from padst_compile.autotune.measure import interleaved_medians
-from padst_compile.kernels import native
-
-Kernel: TypeAlias = Literal["native", "triton", "aten", "dense"]
-
-_REPETITIONS = 5
-_MAX_TOKENS_MEASURED = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerProblem:
-    """All that the speed of a layer depends on, weights aside.
-
-    Args:
-        structure: short form of the structure.
-        in_features: inputs.
-        out_features: outputs.
-        active: stored values.
-        tokens: rows of the activations, as a power of two (`token_bucket`).
-        dtype: dtype of the product.
-        permuted: which tables the kernel applies ("", "in", "out", "in+out").
-        training: whether gradients are computed as well.
-        device: type of the device.
-        sparse_kernel: what the sparse product would run on.
-    """
-
-    structure: str
-    in_features: int
-    out_features: int
-    active: int
-    tokens: int
-    dtype: str
-    permuted: str
-    training: bool
-    device: str
-    sparse_kernel: Kernel
-
-    def key(self) -> str:
-        """The cache key: the problem, and what else could change its answer."""
-        fields = ",".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
-        software = f"threads={torch.get_num_threads()},torch={torch.__version__},{_kernel_version()}"
-        return f"{fields},{software},{_machine(self.device)}"
+from padst_compile.autotune.cost_model import layer_seconds
+from padst_compile.autotune.effort import Effort, measures, satisfies
+from padst_compile.autotune.entry import MARGIN, first_of_the_fastest
+from padst_compile.autotune.environment import environment
+from padst_compile.autotune.keys import Key
+from padst_compile.autotune.lookup import Found, Source, library
+from padst_compile.autotune.machine import machine
+from padst_compile.autotune.problem import Kernel, LayerProblem
+from padst_compile.autotune.search import Run, tune_layer
+from padst_compile.kernels.launch import Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,67 +28,111 @@ class KernelChoice:
     Args:
         kernel: "native" (C++), "triton", "aten" or "dense".
         reason: a sentence for the user.
-        sparse_seconds: median time of the sparse product, where it was measured.
+        sparse_seconds: median time of the best sparse kernel, where it was measured.
         dense_seconds: median time of the dense product, where it was measured.
+        default_seconds: median time of the sparse kernel without tuning, where it was measured.
+        tile: what the kernel is launched with; None for its default.
+        source: where the answer comes from.
     """
 
     kernel: Kernel
     reason: str
     sparse_seconds: float | None = None
     dense_seconds: float | None = None
+    default_seconds: float | None = None
+    tile: Tile | None = None
+    source: Source = "asked for"
 
 
-def token_bucket(tokens: int) -> int:
-    """The power of two that stands for a number of tokens: layers of like size share one measurement."""
-    return 1 << (max(1, min(tokens, _MAX_TOKENS_MEASURED)) - 1).bit_length()
+Observer = Callable[[LayerProblem, KernelChoice], None]
+
+_observers: list[Observer] = []
 
 
-def choose_kernel(problem: LayerProblem, candidates: Callable[[], Mapping[str, Callable[[], Any]]]) -> KernelChoice:
-    """The faster of "sparse" and "dense", from the cache or measured now; `candidates` makes them only for measuring."""
-    cache, key = _cache(), problem.key()
-    seconds = cache.get(key)
-    if not _valid(seconds):
-        seconds = interleaved_medians(candidates(), repetitions=_REPETITIONS)
-        cache.put(key, seconds)
-    sparse, dense = seconds["sparse"], seconds["dense"]
-    ratio = dense / sparse
-    if ratio >= 1.0:
-        return KernelChoice(problem.sparse_kernel, f"{ratio:.1f}x faster than dense at {problem.tokens} tokens", sparse, dense)
-    reason = f"sparse would be {1 / ratio:.1f}x slower than dense at {problem.tokens} tokens"
-    return KernelChoice("dense", reason, sparse, dense)
+def choose_kernel(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort = "quick") -> KernelChoice:
+    """The fastest of a layer's kernels, as far as the effort allows to know.
+
+    Args:
+        problem: the layer.
+        runs: makes the product, and its gradients while training, for each of `problem.kernels`; called for measuring alone.
+        effort: see `Effort`. While a CUDA graph is captured, nothing is measured.
+    """
+    found = None if effort == "off" else _find(problem, runs, effort)
+    choice = _by_cost_model(problem) if found is None else _by_measurement(problem, found)
+    for observer in _observers:
+        observer(problem, choice)
+    return choice
 
 
-def _valid(seconds: Any) -> TypeGuard[dict[str, float]]:
-    return isinstance(seconds, dict) and all(
-        isinstance(seconds.get(name), float) and seconds[name] > 0 for name in ("sparse", "dense")
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within this, `observer` is told of every choice as it is made."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _find(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> Found | None:
+    key, results = Key(problem, environment(problem.device)), library()
+    found = results.exact(key)
+    if measures(effort) and not _capturing():
+        return found if _good_enough(found, effort) else _tune(key, problem, runs, effort)
+    return found or results.near(key)
+
+
+def _tune(key: Key, problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> Found:
+    """Measure, unless another process has done so while this one waited for its turn."""
+    results = library()
+    with results.cache.claim(key):
+        found = results.exact(key, refresh=True)
+        if found is not None and _good_enough(found, effort):
+            return found
+        entry = tune_layer(problem, runs(), effort)
+        results.cache.write(key, entry)
+    return Found(entry, "tuned now", problem.tokens)
+
+
+def _good_enough(found: Found | None, effort: Effort) -> bool:
+    return found is not None and satisfies(found.entry.effort, effort)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured: a measurement would become part of it."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _by_measurement(problem: LayerProblem, found: Found) -> KernelChoice:
+    winner, entry = found.entry.winner, found.entry
+    kernel = cast("Kernel", winner.candidate.kernel)
+    dense = next(timing.seconds for timing in entry.timings if timing.candidate.kernel == "dense")
+    sparse = tuple(timing for timing in entry.timings if timing.candidate.kernel != "dense")
+    best = first_of_the_fastest(sparse) if kernel == "dense" else winner
+    comparison = _comparison(best.seconds, dense, dense_wins=kernel == "dense")
+    return KernelChoice(
+        kernel=kernel,
+        reason=f"{comparison} at {found.tokens} tokens ({found.source})",
+        sparse_seconds=best.seconds,
+        dense_seconds=dense,
+        default_seconds=entry.default.seconds,
+        tile=winner.candidate.tile,
+        source=found.source,
     )
 
 
-@functools.cache
-def _cache_at(path: str) -> JsonCache:
-    return JsonCache(Path(path))
+def _by_cost_model(problem: LayerProblem) -> KernelChoice:
+    on = machine(problem.device)
+    seconds = {kernel: layer_seconds(problem, kernel, on) for kernel in problem.kernels}
+    kernel = min(problem.kernels, key=seconds.__getitem__)  # the first of equals: the default
+    sparse = min(seconds[name] for name in problem.kernels if name != "dense")
+    comparison = _comparison(sparse, seconds["dense"], dense_wins=kernel == "dense")
+    return KernelChoice(kernel, f"{comparison} at {problem.tokens} tokens (cost model)", source="cost model")
 
 
-def _cache() -> JsonCache:
-    return _cache_at(str(cache_folder() / "kernel_choices.json"))
-
-
-@functools.cache
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()},capability={torch.cuda.get_device_capability()}"
-    return f"{platform.machine()},{cpu_name()},{torch.backends.cpu.get_cpu_capability()}"
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-@functools.cache
-def _kernel_version() -> str:
-    return f"kernels={native.source_hash()[:12]}"
+def _comparison(sparse: float, dense: float, *, dense_wins: bool) -> str:
+    if dense_wins:
+        return f"sparse would be {sparse / dense:.1f}x slower than dense"
+    if sparse > dense / (1 + MARGIN):
+        return "as fast as dense"
+    return f"{dense / sparse:.1f}x faster than dense"

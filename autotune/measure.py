@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from padst_compile.autotune.effort import Budget
+from padst_compile.autotune.machine import cpu_cache_bytes
+
+_HOPELESS = 3.0  # times slower than the fastest: one run says it all
+_FLUSH = 2  # times the size of the cache
 
 
 def interleaved_medians(
@@ -40,12 +47,62 @@ def interleaved_samples(
     return samples
 
 
+def raced_medians(candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget) -> dict[Any, float]:
+    """Median seconds of every candidate with a cold cache, as a layer finds it after all others have run.
+
+    Candidates take turns. Who is hopelessly slower than the fastest drops out after one timed run, and no round starts when the
+    budget's time is over: large problems are measured once or twice, small ones as often as the budget allows.
+
+    Args:
+        candidates: what to run, by anything that tells them apart.
+        device: type of the device that they run on.
+        budget: how often, and for how long.
+    """
+    for run in candidates.values():
+        run()  # allocations, compilation, threads
+    samples: dict[Any, list[float]] = {name: [] for name in candidates}
+    running = dict(candidates)
+    timer = _time_on_gpu if device == "cuda" else _time_once
+    deadline = time.perf_counter() + budget.seconds
+    for _ in range(budget.repetitions):
+        for name, run in running.items():
+            flush_cache(device)
+            samples[name].append(timer(run))
+        fastest = min(min(times) for times in samples.values())
+        running = {name: run for name, run in running.items() if min(samples[name]) <= _HOPELESS * fastest}
+        if time.perf_counter() > deadline or len(running) <= 1:
+            break
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def flush_cache(device: str) -> None:
+    """Leave something else in the second-level caches than what a candidate reads."""
+    _flush_buffer(device, torch.get_num_threads()).add_(1)
+
+
+@functools.cache
+def _flush_buffer(device: str, threads: int) -> torch.Tensor:
+    gpu = device == "cuda"
+    size = torch.cuda.get_device_properties().L2_cache_size if gpu else threads * cpu_cache_bytes()
+    return torch.zeros(_FLUSH * size, dtype=torch.int8, device=device)
+
+
 def _time_once(run: Callable[[], Any]) -> float:
     _synchronize()
     start = time.perf_counter()
     run()
     _synchronize()
     return time.perf_counter() - start
+
+
+def _time_on_gpu(run: Callable[[], Any]) -> float:
+    """Seconds on the GPU: the flush before it keeps the GPU busy while the CPU launches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3
 
 
 def _synchronize() -> None:

@@ -11,6 +11,7 @@ import torch
 from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.formats import format_of, register_format
+from padst_compile.kernels.native.tiles import token_tile
 from padst_compile.kernels.triton_product import TritonProduct
 from padst_compile.structures import NM, Block, Structure, Topology
 
@@ -66,6 +67,11 @@ def native_sizes(structure: Structure) -> tuple[int, ...]:
     return (structure.n, structure.m) if isinstance(structure, NM) else ()
 
 
+def tile_arguments(structure: Structure, kernel: SparseKernel, tokens: int) -> dict[str, Any]:
+    """The keyword arguments that make an op cut its work into tiles of so many tokens; 0 leaves it to the kernel."""
+    return {"token_tile": tokens} if tokens and kernel == "native" and isinstance(structure, Block) else {}
+
+
 def forward(
     structure: Structure,
     x: torch.Tensor,
@@ -79,9 +85,9 @@ def forward(
     """`padst::structured_linear`, see there."""
     kernel = kernel_for(structure, x.device, x.dtype)
     if kernel != "aten":
-        y: torch.Tensor = kernel_op(structure, kernel)(
-            x, values, *topology, bias, input_permutation, output_permutation, out_features, *native_sizes(structure)
-        )
+        around = bias, input_permutation, output_permutation, out_features
+        tuned = tile_arguments(structure, kernel, token_tile(structure, x, values, *around) if kernel == "native" else 0)
+        y: torch.Tensor = kernel_op(structure, kernel)(x, values, *topology, *around, *native_sizes(structure), **tuned)
         return y
     if input_permutation is not None:
         x = x.index_select(-1, input_permutation)

@@ -77,7 +77,7 @@ def compile_graph(
     dump = None if options.dump is None else Path(options.dump)
     inputs = list(example_inputs)
     check = PassCheck(inputs, dump) if options.verify else None
-    pipeline = Pipeline(kernels=options.kernels, disabled=options.disable, dump=dump, check=check)
+    pipeline = Pipeline(kernels=options.kernels, autotune=options.autotune, disabled=options.disable, dump=dump, check=check)
     inference = not _takes_gradients(gm, inputs)
     facts = Context(copy_graph(gm), static_tensors(gm.graph, inputs), inference)
     report = pipeline.run(facts)

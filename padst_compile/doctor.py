@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from padst_compile.autotune.cache import cache_folder
-from padst_compile.autotune.kernel_choice import cpu_name
+from padst_compile.autotune.environment import cpu_name
 from padst_compile.benchmarking.machine import cpu_has
 from padst_compile.kernels import native
 

@@ -10,11 +10,13 @@ from typing import Any, get_args
 
 import torch._inductor
 
-from padst_compile.errors import InvalidOptionError, UnknownFieldError, UnknownOptionError
+from padst_compile.autotune.effort import Effort
+from padst_compile.errors import InvalidOptionError, UnknownFieldError, UnknownOptionError, did_you_mean
 from padst_compile.passes.choose_kernels import Policy
 from padst_compile.passes.pipeline import RULES
 
-_OWN = ("kernels", "disable", "dump", "verify")
+_OWN = ("kernels", "autotune", "disable", "dump", "verify")
+_THOROUGH_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Options:
     Args:
         kernels: "measure" runs each sparse layer on the faster of sparse kernel and dense product; "sparse" and "dense"
             force one.
+        autotune: how much may be measured for that: "off", "cached", "quick" or "full" (`padst_compile.autotune.effort`).
         disable: names of passes to leave out.
         dump: folder for the graph before and after every pass; `PADST_DUMP` sets it too.
         inductor: settings handed on to Inductor.
@@ -35,6 +38,7 @@ class Options:
     dump: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
     verify: bool = False
+    autotune: Effort = "quick"
 
 
 def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -61,7 +65,11 @@ def read_options(mode: str | None, options: Mapping[str, Any] | None) -> Options
     verify = own.get("verify", False)
     if not isinstance(verify, bool):
         raise InvalidOptionError(f"options['verify'] is True or False, got {verify!r}")
-    return Options(kernels, _disabled(own.get("disable", ())), folder, tuple(inductor.items()), verify)
+    autotune = own.get("autotune", "full" if mode in _THOROUGH_MODES else "quick")
+    if autotune not in get_args(Effort):
+        hint = did_you_mean(str(autotune), get_args(Effort))
+        raise InvalidOptionError(f"options['autotune'] is one of {', '.join(get_args(Effort))}, got {autotune!r}{hint}")
+    return Options(kernels, _disabled(own.get("disable", ())), folder, tuple(inductor.items()), verify, autotune)
 
 
 def _disabled(names: Any) -> tuple[str, ...]:

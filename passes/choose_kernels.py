@@ -15,7 +15,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from padst_compile.autotune.kernel_choice import Kernel, KernelChoice, LayerProblem, choose_kernel, token_bucket
+from padst_compile.autotune.effort import Effort
+from padst_compile.autotune.kernel_choice import KernelChoice, choose_kernel
+from padst_compile.autotune.problem import Kernel, LayerProblem, token_bucket
 from padst_compile.kernels import dispatch
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
@@ -52,12 +54,13 @@ class ChooseKernels(RewriteRule):
 
     Args:
         policy: "measure" takes the faster of sparse and dense; "sparse" and "dense" do not ask.
+        effort: how much may be measured for that.
     """
 
     effect = "folded"  # into the order of the dense weight's columns and rows
 
-    def __init__(self, policy: Policy = "measure") -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy = "measure", effort: Effort = "quick") -> None:
+        self.policy, self.effort = policy, effort
         self._decided: list[tuple[LayerDecision, fx.Node | None]] = []
 
     @property
@@ -69,8 +72,8 @@ class ChooseKernels(RewriteRule):
         ]
 
     def uuid(self) -> str:
-        """The rule's identity, with its policy."""
-        return f"{super().uuid()}-{self.policy}"
+        """The rule's identity, with its options."""
+        return f"{super().uuid()}-{self.policy}-{self.effort}"
 
     def run(self, facts: Context) -> RuleReport:
         """Choose for every product."""
@@ -97,7 +100,7 @@ class ChooseKernels(RewriteRule):
         if choice.kernel == "dense":
             _lower_to_dense(call)
         elif facts.inference and choice.kernel != "aten":
-            native = _lower_to_native(call, choice.kernel)
+            native = _lower_to_native(call, choice)
         self._decided.append((decision, native))
 
     def _choose(self, call: _Call) -> KernelChoice:
@@ -108,7 +111,7 @@ class ChooseKernels(RewriteRule):
             return KernelChoice("dense", "asked for by options={'kernels': 'dense'}")
         if self.policy == "sparse":
             return KernelChoice(sparse, "asked for by options={'kernels': 'sparse'}")
-        return choose_kernel(call.problem(sparse), call.candidates)
+        return choose_kernel(call.problem(sparse), lambda: call.runs(sparse), self.effort)
 
 
 class _Call:
@@ -121,7 +124,7 @@ class _Call:
         assert result is not None
         assert x is not None
         self.dtype, self.device = result.dtype, result.device
-        self.tokens = token_bucket(rows(x))
+        self.tokens = token_bucket(rows(x), self.device.type)
         self.shape = Shape(argument(node, "out_features"), int(x.shape[-1]))
 
     def static(self, name: str) -> torch.Tensor | None:
@@ -132,14 +135,15 @@ class _Call:
         value = self.facts.value(node)
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def problem(self, sparse_kernel: Kernel) -> LayerProblem:
+    def problem(self, sparse: Kernel) -> LayerProblem:
         tables = [side for side, name in _SIDES if argument(self.node, name) is not None]
         return LayerProblem(
             argument(self.node, "structure"), self.shape.in_features, self.shape.out_features, self._stored(), self.tokens,
-            str(self.dtype).removeprefix("torch."), "+".join(tables), not self.facts.inference, self.device.type, sparse_kernel,
+            str(self.dtype).removeprefix("torch."), "+".join(tables), not self.facts.inference, self.device.type,
+            (sparse, "dense"), "" if argument(self.node, "bias") is None else "bias",
         )  # fmt: skip
 
-    def candidates(self) -> dict[str, Callable[[], Any]]:
+    def runs(self, sparse: Kernel) -> dict[Kernel, Callable[[], Any]]:
         """The product on random activations, sparse and dense, with the backward pass while training."""
         values, topology = self.static("values"), [self.facts.value(index) for index in argument(self.node, "topology")]
         assert values is not None
@@ -163,7 +167,7 @@ class _Call:
             return once
 
         return {
-            "sparse": run(lambda: STRUCTURED_LINEAR(x, values, topology, bias, *tables, size, name)),
+            sparse: run(lambda: STRUCTURED_LINEAR(x, values, topology, bias, *tables, size, name)),
             "dense": run(lambda: F.linear(x, weight, bias)),
         }
 
@@ -187,17 +191,20 @@ class _Call:
 _SIDES = (("in", "input_permutation"), ("out", "output_permutation"))
 
 
-def _lower_to_native(call: _Call, kernel: Literal["native", "triton"]) -> fx.Node:
+def _lower_to_native(call: _Call, choice: KernelChoice) -> fx.Node:
+    assert choice.kernel in ("native", "triton")
     node, graph = call.node, call.node.graph
     names = ("x", "values", "bias")
+    tokens = 0 if choice.tile is None else choice.tile.tokens
     with graph.inserting_before(node):
         x, values, bias = (_cast(call, argument(node, name)) for name in names)
         native = graph.call_function(
-            dispatch.kernel_op(call.structure, kernel),
+            dispatch.kernel_op(call.structure, choice.kernel),
             (
                 x, values, *argument(node, "topology"), bias, argument(node, "input_permutation"),
                 argument(node, "output_permutation"), argument(node, "out_features"), *dispatch.native_sizes(call.structure),
             ),
+            dispatch.tile_arguments(call.structure, choice.kernel, tokens),
         )  # fmt: skip
     native.meta = dict(node.meta)
     node.replace_all_uses_with(native)

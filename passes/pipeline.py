@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
+from padst_compile.autotune.effort import Effort
 from padst_compile.errors import UnknownFieldError, UnsupportedGraphError
 from padst_compile.passes.absorb_bias import AbsorbBias
 from padst_compile.passes.base import Effect, Pass, RuleReport
@@ -95,6 +96,7 @@ class Pipeline:
 
     Args:
         kernels: see `ChooseKernels`; None leaves structured products as they are.
+        autotune: how much may be measured to choose them.
         disabled: names of rules to leave out.
         dump: folder to write the graph to, before the first rule and after each that changed it.
         check: called with a rule's name and the graphs before and after it, for each rule that changed the graph.
@@ -104,6 +106,7 @@ class Pipeline:
         self,
         *,
         kernels: Policy | None = "measure",
+        autotune: Effort = "quick",
         disabled: Sequence[str] = (),
         dump: Path | None = None,
         check: Check | None = None,
@@ -112,7 +115,8 @@ class Pipeline:
         for name in disabled:
             if name not in known:
                 raise UnknownFieldError("pass", name, known)
-        self._kernels, self._disabled, self._dump, self._check = kernels, frozenset(disabled), dump, check
+        self._kernels, self._autotune, self._disabled = kernels, autotune, frozenset(disabled)
+        self._dump, self._check = dump, check
 
     def uuid(self) -> str:
         """Identity of the rules and their options, for compiler caches."""
@@ -154,7 +158,7 @@ class Pipeline:
         for rule in RULES:
             if rule.__name__ in self._disabled or (rule is ChooseKernels and self._kernels is None):
                 continue
-            rules.append(ChooseKernels(self._kernels or "measure") if rule is ChooseKernels else rule())
+            rules.append(ChooseKernels(self._kernels or "measure", self._autotune) if rule is ChooseKernels else rule())
         return rules
 
 

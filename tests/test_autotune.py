@@ -1,12 +1,9 @@
-"""Measuring alternatives, and remembering what won across processes."""
+"""Choosing what runs a layer: what each effort measures, looks up or reckons, and timing itself."""
 
 from __future__ import annotations
 
 import functools
-import json
-import subprocess
-import sys
-import warnings
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,109 +11,252 @@ from typing import Any
 import pytest
 import torch
 
-import padst_compile
-from padst_compile.autotune import kernel_choice
-from padst_compile.autotune.cache import JsonCache, cache_folder
-from padst_compile.autotune.kernel_choice import LayerProblem, choose_kernel, token_bucket
-from padst_compile.autotune.measure import interleaved_medians, interleaved_samples
+from padst_compile.autotune import lookup, tiles
+from padst_compile.autotune.cache import Cache
+from padst_compile.autotune.effort import Budget
+from padst_compile.autotune.entry import Entry, Timing
+from padst_compile.autotune.environment import environment
+from padst_compile.autotune.kernel_choice import KernelChoice, choose_kernel, observed
+from padst_compile.autotune.keys import Key
+from padst_compile.autotune.measure import interleaved_medians, interleaved_samples, raced_medians
+from padst_compile.autotune.problem import LayerProblem, token_bucket
+from padst_compile.autotune.space import Candidate
+from padst_compile.kernels.launch import Problem, Tile, tile_for
+from padst_compile.kernels.native.tiles import default_tile
 
-ROOT = Path(padst_compile.__file__).parent.parent
-PROBLEM = LayerProblem("block:16x16", 64, 64, 1024, 128, "float32", "in", False, "cpu", "aten")
+PROBLEM = LayerProblem("block:16x16", 64, 64, 1024, 128, "float32", "", False, "cpu", ("native", "dense"))
+LAUNCH = Problem("native_block", "block:16x16", 64, 64, 1024, 128, "float32", device="cpu")
+SHORT, LONG = 0.0005, 0.01
 
 
-def python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    command = [sys.executable, "-c", code, *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, check=True)
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
-# --- the file ---
+def at(tokens: int, problem: LayerProblem = PROBLEM) -> LayerProblem:
+    return LayerProblem(**{**problem.__dict__, "tokens": tokens})
 
 
-def test_values_are_kept_for_the_next_process(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "cache.json"
-    JsonCache(path).put("key", {"a": 1.5})
-    assert JsonCache(path).get("key") == {"a": 1.5}
-    assert JsonCache(path).get("other") is None
-    assert json.loads(path.read_text())["entries"] == {"key": {"a": 1.5}}
+def key(problem: LayerProblem | Problem = PROBLEM) -> Key:
+    return Key(problem, environment("cpu"))
+
+
+def entry(sparse: float = 1.0, dense: float = 3.0, effort: Any = "quick") -> Entry:
+    return Entry(effort, (Timing(Candidate("native"), sparse), Timing(Candidate("dense"), dense)))
+
+
+class Layer:
+    """Both products of a layer, which take a given time; `measured` counts how often they were asked for."""
+
+    def __init__(self, sparse: float = SHORT, dense: float = LONG) -> None:
+        self.measured = 0
+        self._seconds = sparse, dense
+
+    def __call__(self) -> Any:
+        self.measured += 1
+        sparse, dense = self._seconds
+        return {"native": lambda: time.sleep(sparse), "dense": lambda: time.sleep(dense)}
+
+
+class TunableLayer(Layer):
+    """Its sparse product asks for a tile and is fast with 48 tokens alone."""
+
+    def __call__(self) -> Any:
+        def sparse() -> None:
+            self.used.append(tile_for(LAUNCH, default_tile).tokens)
+            time.sleep(SHORT if self.used[-1] == 48 else LONG)
+
+        self.measured += 1
+        self.used: list[int] = []
+        return {"native": sparse, "dense": lambda: time.sleep(LONG)}
+
+
+def never() -> Any:
+    raise AssertionError("nothing was to be measured")
+
+
+# --- what each effort does ---
+
+
+def test_off_measures_and_looks_up_nothing() -> None:
+    lookup.library().cache.write(key(), entry(sparse=3.0, dense=1.0))
+    choice = choose_kernel(PROBLEM, never, "off")
+    assert (choice.source, choice.sparse_seconds, choice.tile) == ("cost model", None, None)
+    assert choice.reason.endswith("faster than dense at 128 tokens (cost model)")
+
+
+def test_cached_measures_nothing() -> None:
+    assert choose_kernel(PROBLEM, never, "cached").source == "cost model"
+    lookup.library().cache.write(key(), entry())
+    assert choose_kernel(PROBLEM, never, "cached").source == "cached"
+    assert choose_kernel(at(512), never, "cached").source == "nearest bucket"
+
+
+def test_cached_takes_what_the_package_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Cache(tmp_path / "configs").write(key(), entry())
+    (file,) = (tmp_path / "configs").glob("*.json")
+    file.write_text(f"[{file.read_text()}]")
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "configs")
+    choice = choose_kernel(PROBLEM, never, "cached")
+    assert (choice.source, choice.reason) == ("shipped", "3.0x faster than dense at 128 tokens (shipped)")
+    assert choose_kernel(PROBLEM, never, "quick").source == "shipped"
+
+
+def test_quick_measures_what_is_not_known_and_remembers_it() -> None:
+    layer = Layer()
+    assert [choose_kernel(PROBLEM, layer).source for _ in range(2)] == ["tuned now", "cached"]
+    assert [choose_kernel(at(256), layer).source for _ in range(2)] == ["tuned now", "cached"]  # no matter how near
+    assert layer.measured == 2
+
+
+def test_full_measures_again_what_was_measured_quickly() -> None:
+    layer = Layer()
+    sources = [choose_kernel(PROBLEM, layer, effort).source for effort in ("quick", "full", "full", "quick", "cached")]
+    assert sources == ["tuned now", "tuned now", "cached", "cached", "cached"]
+    assert layer.measured == 2
+
+
+@pytest.mark.parametrize("effort", ["quick", "full"])
+def test_nothing_is_measured_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch, effort: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose_kernel(PROBLEM, never, effort).source == "cost model"
+    lookup.library().cache.write(key(), entry())
+    assert choose_kernel(PROBLEM, never, effort).source == "cached"
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"version": 99, "entries": {}}', '{"version": 1, "entries": []}', "\x00"]
+    ("sparse", "dense", "kernel", "reason"),
+    [
+        (1.0, 3.0, "native", "3.0x faster than dense at 128 tokens (cached)"),
+        (1.0, 0.99, "native", "as fast as dense at 128 tokens (cached)"),
+        (3.0, 1.0, "dense", "sparse would be 3.0x slower than dense at 128 tokens (cached)"),
+    ],
 )
-def test_an_unusable_file_costs_one_warning_and_is_rebuilt(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "cache.json"
-    path.write_text(content)
-    cache = JsonCache(path)
-    with pytest.warns(UserWarning, match="unusable and will be rebuilt"):
-        assert cache.get("key") is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert cache.get("key") is None
-        cache.put("key", 1)
-        assert JsonCache(path).get("key") == 1
+def test_the_faster_one_runs_the_layer(sparse: float, dense: float, kernel: str, reason: str) -> None:
+    lookup.library().cache.write(key(), entry(sparse, dense))
+    choice = choose_kernel(PROBLEM, never)
+    assert choice == KernelChoice(kernel, reason, sparse, dense, sparse, None, "cached")
 
 
-def test_a_file_that_is_no_text_is_rebuilt(tmp_path: Path) -> None:
-    path = tmp_path / "cache.json"
-    path.write_bytes(b"\xff\xfe\x80")
-    with pytest.warns(UserWarning, match="unusable"):
-        assert JsonCache(path).get("key") is None
+def test_the_number_of_tokens_that_was_measured_is_named() -> None:
+    lookup.library().cache.write(key(at(512)), entry())
+    assert choose_kernel(PROBLEM, never, "cached").reason == "3.0x faster than dense at 512 tokens (nearest bucket)"
 
 
-def test_processes_keep_each_others_entries(tmp_path: Path) -> None:
-    path = tmp_path / "cache.json"
-    first, second = JsonCache(path), JsonCache(path)
-    assert first.get("x") is None
-    assert second.get("x") is None
-    first.put("first", 1)
-    second.put("second", 2)
-    assert json.loads(path.read_text())["entries"] == {"first": 1, "second": 2}
+def test_both_outcomes_of_real_measurements() -> None:
+    fast, slow = torch.zeros(1), torch.zeros(2_000_000)
+    one: dict[Any, Callable[[], Any]] = {"native": lambda: fast + 1, "dense": lambda: slow.exp().exp()}
+    other: dict[Any, Callable[[], Any]] = {"native": one["dense"], "dense": one["native"]}
+    assert choose_kernel(PROBLEM, lambda: one).kernel == "native"
+    assert choose_kernel(at(256), lambda: other).kernel == "dense"
 
 
-def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from padst_compile.autotune.cache import JsonCache\n"
-        "cache = JsonCache(Path(sys.argv[1]))\n"
-        "for i in range(20): cache.put(f'{sys.argv[2]}-{i}', i)\n"
-    )
-    path = tmp_path / "cache.json"
-    running = [subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=ROOT) for name in "ab"]
-    assert [process.wait() for process in running] == [0, 0]
-    assert len(json.loads(path.read_text())["entries"]) == 40
-    assert sorted(file.suffix for file in tmp_path.iterdir() if file.suffix == ".tmp") == []
+def test_a_folder_that_cannot_be_written_tunes_once_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path / "file"))
+    layer = Layer()
+    with pytest.warns(UserWarning, match="measure") as warned:
+        assert choose_kernel(PROBLEM, layer).source == "tuned now"
+    assert [str(warning.message).split(":")[0] for warning in warned] == [
+        "other processes may measure the same", "measurements are not kept for the next run"
+    ]  # fmt: skip
+    assert choose_kernel(PROBLEM, layer).source == "cached"
+    assert layer.measured == 1
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    cache = JsonCache(blocked / "cache.json")
-    with pytest.warns(UserWarning, match="not kept for the next run"):
-        cache.put("key", 1)
-    assert cache.get("key") == 1
+def test_observers_are_told_of_every_choice() -> None:
+    seen: list[tuple[LayerProblem, KernelChoice]] = []
+    with observed(lambda problem, choice: seen.append((problem, choice))):
+        choices = [choose_kernel(PROBLEM, Layer()), choose_kernel(PROBLEM, never, "off")]
+    choose_kernel(PROBLEM, never, "off")
+    assert seen == [(PROBLEM, choice) for choice in choices]
 
 
-def test_a_value_that_is_no_json_leaves_the_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "cache.json"
-    JsonCache(path).put("good", 1)
-    with pytest.raises(TypeError):
-        JsonCache(path).put("bad", object())
-    assert JsonCache(path).get("good") == 1
-    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".tmp"] == []
+# --- tiles ---
 
 
-def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PADST_CACHE_DIR", "/some/where")
-    assert cache_folder() == Path("/some/where")
-    monkeypatch.delenv("PADST_CACHE_DIR")
-    assert cache_folder().name == "padst_compile"
+def test_full_finds_the_best_tile_and_launches_use_it_from_then_on() -> None:
+    layer = TunableLayer()
+    assert tile_for(LAUNCH, default_tile).tokens == 0
+    choice = choose_kernel(PROBLEM, layer, "full")
+    assert choice.tile == Tile(48, 0, 0)
+    assert choice.sparse_seconds is not None
+    assert choice.default_seconds is not None
+    assert choice.sparse_seconds < choice.default_seconds
+    assert set(layer.used) == {0, 16, 32, 48, 64, 96, 128}
+    assert tile_for(LAUNCH, default_tile).tokens == 48
+    assert choose_kernel(PROBLEM, never, "cached").tile == Tile(48, 0, 0)
+
+
+def test_quick_tries_the_default_and_a_few_others() -> None:
+    layer = TunableLayer()
+    choose_kernel(PROBLEM, layer, "quick")
+    assert 0 in layer.used
+    assert len(set(layer.used)) == 3
+
+
+def test_a_launch_is_tuned_once_for_all_layers_that_make_it() -> None:
+    choose_kernel(PROBLEM, TunableLayer(), "full")
+    layer = TunableLayer()
+    choose_kernel(LayerProblem(**{**PROBLEM.__dict__, "layout": "another"}), layer, "full")
+    assert set(layer.used) == {0, 48}
+
+
+def test_a_tile_that_cannot_be_launched_is_left_out() -> None:
+    class Failing(TunableLayer):
+        def __call__(self) -> Any:
+            runs = super().__call__()
+
+            def sparse() -> None:
+                runs["native"]()
+                if self.used[-1] in (16, 128):
+                    raise RuntimeError("out of resource: shared memory")
+
+            return {**runs, "native": sparse}
+
+    assert choose_kernel(PROBLEM, Failing(), "full").tile == Tile(48, 0, 0)
+    found = lookup.library().exact(key(LAUNCH))
+    assert found is not None
+    measured = [timing.candidate.tile for timing in found.entry.timings]
+    assert measured == [None, *(Tile(tokens, 0, 0) for tokens in (32, 48, 64, 96))]
+
+
+def test_what_fails_with_its_default_is_not_hidden() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        choose_kernel(PROBLEM, lambda: {"native": broken, "dense": lambda: None})
+
+
+def test_launches_find_the_nearest_bucket_and_never_measure() -> None:
+    tuned = Timing(Candidate("native_block", Tile(96, 0, 0)), 1.0)
+    slow = Timing(Candidate("native_block"), 2.0)
+    lookup.library().cache.write(key(LAUNCH), Entry("quick", (slow, tuned)))
+    tiles.forget()
+    assert tile_for(LAUNCH, default_tile).tokens == 96
+    for changes, tokens in (
+        ({"tokens": 256}, 96),
+        ({"epilogue": "bias"}, 96),
+        ({"dtype": "bfloat16"}, 0),
+        ({"tokens": 4096}, 0),
+    ):
+        assert tile_for(Problem(**{**LAUNCH.__dict__, **changes}), default_tile).tokens == tokens
+
+
+def test_a_search_within_a_search_decides() -> None:
+    with tiles.given_tiles({LAUNCH: Tile(64, 0, 0)}):
+        assert tile_for(LAUNCH, default_tile).tokens == 64
+        with tiles.default_tiles():
+            assert tile_for(LAUNCH, default_tile).tokens == 0
+        assert tile_for(Problem(**{**LAUNCH.__dict__, "tokens": 1}), default_tile).tokens == 0
+    with tiles.recorded() as problems:
+        for _ in range(2):
+            tile_for(LAUNCH, default_tile)
+    assert problems == [LAUNCH]
 
 
 # --- measuring ---
@@ -137,81 +277,37 @@ def test_the_median_is_of_the_timed_rounds_alone(monkeypatch: pytest.MonkeyPatch
     assert interleaved_medians({"only": lambda: None}, repetitions=3) == {"only": 2}
 
 
-# --- choosing ---
+def test_in_a_race_the_hopeless_drop_out_and_the_others_take_turns() -> None:
+    order: list[str] = []
+
+    def run(name: str, seconds: float) -> Callable[[], None]:
+        return lambda: (order.append(name), time.sleep(seconds))[1]
+
+    medians = raced_medians(
+        {"a": run("a", 0.001), "slow": run("slow", 0.05), "b": run("b", 0.001)}, "cpu", Budget(None, 3, 60.0)
+    )
+    assert order == ["a", "slow", "b", "a", "slow", "b", "a", "b", "a", "b"]
+    assert set(medians) == {"a", "slow", "b"}
+    assert medians["slow"] > medians["a"]
+
+
+def test_a_race_ends_with_its_budget() -> None:
+    runs: list[None] = []
+    raced_medians({name: lambda: runs.append(time.sleep(0.01)) for name in "ab"}, "cpu", Budget(None, 1000, 0.0))
+    assert len(runs) == 4  # a warm-up and one timed run of each
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket"), [(0, 1), (1, 1), (2, 2), (3, 4), (128, 128), (129, 256), (4096, 4096), (10**6, 4096)]
-)
-def test_tokens_share_buckets_of_powers_of_two(tokens: int, bucket: int) -> None:
-    assert token_bucket(tokens) == bucket
-
-
-@pytest.mark.parametrize(
-    ("sparse", "dense", "kernel", "reason"),
+    ("tokens", "device", "bucket"),
     [
-        (1.0, 3.0, "aten", "3.0x faster than dense at 128 tokens"),
-        (3.0, 1.0, "dense", "sparse would be 3.0x slower than dense at 128 tokens"),
+        (0, "cpu", 1),
+        (1, "cpu", 1),
+        (3, "cpu", 4),
+        (128, "cpu", 128),
+        (129, "cpu", 256),
+        (10**6, "cpu", 4096),
+        (10**6, "cuda", 65536),
     ],
 )
-def test_the_faster_one_is_chosen_and_remembered(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, sparse: float, dense: float, kernel: str, reason: str
-) -> None:
-    measured = []
-
-    def medians(candidates: Any, *, repetitions: int) -> dict[str, float]:
-        measured.append(sorted(candidates))
-        return {"sparse": sparse, "dense": dense}
-
-    monkeypatch.setattr(kernel_choice, "interleaved_medians", medians)
-    candidates: dict[str, Callable[[], Any]] = {"sparse": lambda: None, "dense": lambda: None}
-    for _ in range(2):
-        choice = choose_kernel(PROBLEM, lambda: candidates)
-        assert (choice.kernel, choice.reason, choice.sparse_seconds, choice.dense_seconds) == (kernel, reason, sparse, dense)
-    assert measured == [["dense", "sparse"]]
-
-
-def test_both_outcomes_of_real_measurements(folder: Path) -> None:
-    fast, slow = torch.zeros(1), torch.zeros(2_000_000)
-    one: dict[str, Callable[[], Any]] = {"sparse": lambda: fast + 1, "dense": lambda: slow.exp().exp()}
-    other = {"sparse": one["dense"], "dense": one["sparse"]}
-    assert choose_kernel(PROBLEM, lambda: one).kernel == "aten"
-    assert choose_kernel(LayerProblem(**{**PROBLEM.__dict__, "tokens": 256}), lambda: other).kernel == "dense"
-
-
-def test_a_second_process_measures_nothing(folder: Path) -> None:
-    code = (
-        "from padst_compile.autotune.kernel_choice import LayerProblem, choose_kernel\n"
-        "runs = []\n"
-        "problem = LayerProblem('block:16x16', 64, 64, 1024, 128, 'float32', '', False, 'cpu', 'aten')\n"
-        "choose_kernel(problem, lambda: {'sparse': lambda: runs.append(1), 'dense': lambda: runs.append(1)})\n"
-        "print(len(runs))\n"
-    )
-    counts = [int(python(code, PADST_CACHE_DIR=str(folder)).stdout) for _ in range(2)]
-    assert counts[0] > 0
-    assert counts[1] == 0
-
-
-@pytest.mark.parametrize(
-    "stored", [None, {}, {"sparse": 1.0}, {"sparse": 1.0, "dense": 0.0}, {"sparse": "1", "dense": 1.0}, [1.0]]
-)
-def test_a_stored_value_that_makes_no_sense_is_measured_again(folder: Path, stored: Any) -> None:
-    kernel_choice._cache().put(PROBLEM.key(), stored)
-    runs = []
-    choose_kernel(PROBLEM, lambda: {"sparse": lambda: runs.append(1), "dense": lambda: runs.append(1)})
-    assert runs
-
-
-def test_every_field_of_a_problem_is_part_of_its_key() -> None:
-    changes: dict[str, Any] = {
-        "structure": "nm:1:4",
-        "in_features": 1,
-        "out_features": 1,
-        "active": 1,
-        "tokens": 1,
-        "dtype": "bfloat16",
-    }
-    changes |= {"permuted": "out", "training": True, "device": "meta", "sparse_kernel": "native"}
-    assert set(changes) == set(PROBLEM.__dict__)
-    keys = {LayerProblem(**{**PROBLEM.__dict__, name: value}).key() for name, value in changes.items()}
-    assert len(keys | {PROBLEM.key()}) == len(changes) + 1
+def test_tokens_share_buckets_of_powers_of_two(tokens: int, device: str, bucket: int) -> None:
+    assert token_bucket(tokens, device) == bucket

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import padst_compile as padst
+from padst_compile.autotune.entry import MARGIN
 from padst_compile.errors import UnknownOptionError
 
 
@@ -129,7 +130,7 @@ def test_the_reason_for_a_dense_layer_is_told() -> None:
 def test_the_measured_decision_carries_both_sides() -> None:
     layer = explained().layers[0]
     assert layer.speedup is not None
-    assert layer.kernel == ("dense" if layer.speedup < 1 else layer.kernel)
+    assert (layer.kernel == "dense") == (layer.speedup < 1 / (1 + MARGIN))
     assert "tokens" in layer.reason
 
 
@@ -192,7 +193,7 @@ def test_explaining_twice_says_the_same_and_leaves_the_model_alone() -> None:
     model = padst.sparsify(tiny_vit(), padst.SparsitySpec(structure="nm:1:4", permutation="random"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        first, second = padst.explain(model, images()), padst.explain(model, images())
+        first, second = (padst.explain(model, images(), options={"autotune": "off"}) for _ in range(2))
     assert first.layers == second.layers
     assert (first.compilations, second.compilations) == (1, 1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

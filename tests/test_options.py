@@ -26,6 +26,25 @@ def test_every_policy_is_taken(policy: Any) -> None:
     assert read_options(None, {"kernels": policy}) == Options(policy)
 
 
+@pytest.mark.parametrize("effort", ["off", "cached", "quick", "full"])
+def test_every_effort_is_taken(effort: Any) -> None:
+    assert read_options(None, {"autotune": effort}) == Options(autotune=effort)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "effort"),
+    [
+        (None, None, "quick"),
+        ("reduce-overhead", None, "quick"),
+        ("max-autotune", None, "full"),
+        ("max-autotune-no-cudagraphs", None, "full"),
+        ("max-autotune", {"autotune": "cached"}, "cached"),
+    ],
+)
+def test_max_autotune_means_full_effort_unless_another_is_given(mode: Any, options: Any, effort: str) -> None:
+    assert read_options(mode, options).autotune == effort
+
+
 def test_one_pass_or_several_may_be_disabled() -> None:
     assert read_options(None, {"disable": "AbsorbBias"}).disable == ("AbsorbBias",)
     assert read_options(None, {"disable": ["AbsorbBias", "FoldIntoNorm"]}).disable == ("AbsorbBias", "FoldIntoNorm")
@@ -51,6 +70,10 @@ def test_inductor_options_and_modes_are_collected() -> None:
         ({"dumpp": "x"}, UnknownOptionError, r"unknown option of backend 'padst' 'dumpp'; did you mean 'dump'\?"),
         ({"kernels": None}, InvalidOptionError, r"is one of measure, sparse, dense, got None"),
         ({"kernels": ["dense"]}, InvalidOptionError, r"got \['dense'\]"),
+        ({"autotune": "quik"}, InvalidOptionError, r"is one of off, cached, quick, full, got 'quik'; did you mean 'quick'\?"),
+        ({"autotune": None}, InvalidOptionError, "is one of off, cached, quick, full, got None"),
+        ({"autotune": ["full"]}, InvalidOptionError, "is one of off, cached, quick, full"),
+        ({"autotun": "full"}, UnknownOptionError, r"did you mean 'autotune'\?"),
         ({"disable": 3}, InvalidOptionError, "is a list of pass names, got 3"),
         ({"disable": ["AbsorbBais"]}, UnknownFieldError, r"did you mean 'AbsorbBias'\?"),
         ({"dump": 5}, InvalidOptionError, r"options\['dump'\] is a folder, got 5"),

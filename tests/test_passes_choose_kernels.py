@@ -10,8 +10,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from padst_compile.autotune import kernel_choice
+from padst_compile.autotune import search
+from padst_compile.equivalence import verify
 from padst_compile.kernels import dispatch
+from padst_compile.kernels.launch import Tile
 from padst_compile.passes.choose_kernels import ChooseKernels
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE
@@ -113,7 +115,7 @@ def test_unstructured_layers_are_dense_whatever_is_asked(policy: Any) -> None:
 def test_measuring_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sparse: float, kernel: str) -> None:
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
-        kernel_choice, "interleaved_medians", lambda candidates, *, repetitions: {"sparse": sparse, "dense": 2.0}
+        search, "raced_medians", lambda runs, device, budget: {c: 2.0 if c.kernel == "dense" else sparse for c in runs}
     )
     monkeypatch.setattr(dispatch, "has_native_kernel", lambda structure, device, dtype: False)
     rule = ChooseKernels("measure")
@@ -135,3 +137,26 @@ def test_weights_computed_from_the_inputs_are_left_alone() -> None:
 
     report = ChooseKernels("dense").run(facts_of(Computed("block:16", torch.float32)))
     assert [r.reason for r in report.refusals] == ["the weights are computed from the inputs"]
+
+
+@pytest.mark.parametrize(("tokens", "argument"), [(0, {}), (16, {"token_tile": 16})])
+def test_the_best_token_tile_becomes_an_argument_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokens: int, argument: dict[str, int]
+) -> None:
+    if not dispatch.has_native_kernel(parse("block:16"), torch.device("cpu"), torch.float32):
+        pytest.skip("needs the native block kernel")
+    monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
+    wanted = Tile(tokens, 0, 0) if tokens else None
+    monkeypatch.setattr(
+        search, "raced_medians", lambda runs, device, budget: {c: 1.0 if c.tile == wanted else 2.0 for c in runs}
+    )
+    model = Product("block:16", torch.float32)
+    facts = facts_of(model)
+    rule = ChooseKernels("measure", "full")
+    rule.run(facts)
+    facts.module.recompile()
+    (native,) = (node for node in facts.module.graph.nodes if node.target is torch.ops.padst_native.block_linear.default)
+    assert native.kwargs == argument
+    assert rule.decisions[0].choice.tile == wanted
+    assert verify(model, facts.module, sample(torch.float32)).equal
+    assert torch.equal(facts.module(sample(torch.float32)), model(sample(torch.float32)))

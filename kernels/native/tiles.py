@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from padst_compile.kernels.launch import Problem, Tile, tile_for
-from padst_compile.structures import Block
+from padst_compile.structures import Block, Structure
 
 KERNEL = "native_block"
 
@@ -30,7 +30,7 @@ def usual_tokens(problem: Problem) -> int:
 
 
 def token_tile(
-    structure: Block,
+    structure: Structure,
     x: torch.Tensor,
     values: torch.Tensor,
     bias: torch.Tensor | None,
@@ -38,7 +38,9 @@ def token_tile(
     output_permutation: torch.Tensor | None,
     out_features: int,
 ) -> int:
-    """The op's argument `token_tile` for a call with these operands, those of `padst::structured_linear`."""
+    """The op's argument `token_tile` for a call with these operands, those of `padst::structured_linear`; 0 for its default."""
+    if not isinstance(structure, Block):
+        return 0
     tokens = x.numel() // x.shape[-1]
     sides = ("in" if input_permutation is not None else "", "out" if output_permutation is not None else "")
     problem = Problem(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from padst_compile.autotune.kernel_choice import cpu_name
+from padst_compile.autotune.environment import cpu_name
 from padst_compile.kernels import native
 
 
