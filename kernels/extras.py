@@ -66,3 +66,13 @@ class Extras:
             gate=None if self.gate is None else self.gate.reshape(-1, out_features).contiguous(),
             residual=None if self.residual is None else self.residual.reshape(-1, out_features).contiguous(),
         )
+
+    def laid_out_like(self, y: torch.Tensor) -> Extras:
+        """The same with gate and residual in the strides of `y` [tokens, out_features]; copied where they have others."""
+        return dataclasses.replace(self, gate=_laid_out_like(y, self.gate), residual=_laid_out_like(y, self.residual))
+
+
+def _laid_out_like(y: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor | None:
+    if other is None or other.stride() == y.stride():
+        return other
+    return torch.empty_strided(y.shape, y.stride(), dtype=other.dtype, device=other.device).copy_(other)

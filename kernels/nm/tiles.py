@@ -1,0 +1,107 @@
+"""How the Triton kernels for N:M cut their work: the default, and what a search tries."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from padst_compile.kernels import triton_limits
+from padst_compile.kernels.launch import Problem, Tile
+from padst_compile.structures import NM, parse
+
+LEAST_DOT = 16  # rows, columns and depth of the smallest product of tensor cores
+_LARGEST_DOT = 128  # rows of one program: accumulators of more tokens than that do not fit in registers
+_MANY_SUMS = 128 * 64  # of four warps
+_FEWEST_SUMS = 2  # of a thread
+_MOST_OPERANDS = 48  # words of a thread
+_PRODUCTS = 4096  # of one step of a gathering program: 32 accumulators for each of 128 threads
+
+
+def default_tile(problem: Problem) -> Tile:
+    """The tile to start from, for `nm_forward`, `nm_input_gradient` or `nm_value_gradient`."""
+    structure = _structure(problem)
+    if structure.vector >= LEAST_DOT and problem.kernel != "nm_input_gradient":
+        return _dot(problem, structure)
+    if problem.kernel == "nm_value_gradient":
+        return Tile(tokens=32, outputs=8, depth=16, stages=2, variant="gather")
+    return _gather(min(problem.tokens, 64), 32, 4)
+
+
+def tiles(problem: Problem) -> list[Tile]:
+    """All tiles worth timing; each of them is right for every size."""
+    structure = _structure(problem)
+    found: list[Tile] = []
+    if structure.vector > LEAST_DOT // 2 and problem.kernel != "nm_input_gradient":
+        found += _dots(problem, structure)
+    if structure.vector < 2 * LEAST_DOT or problem.kernel == "nm_input_gradient":
+        found += _gathers(problem)
+    return found
+
+
+def _structure(problem: Problem) -> NM:
+    structure = parse(problem.structure)
+    assert isinstance(structure, NM)
+    return structure
+
+
+def _dot(problem: Problem, structure: NM) -> Tile:
+    outputs = _rows(structure)
+    if problem.kernel == "nm_value_gradient":
+        step = 64 if _itemsize(problem) == 2 else 32
+        return Tile(tokens=step, outputs=outputs, depth=64, variant="dot")
+    # Inputs that are gathered one by one pass through registers, which exact float32 products need for themselves.
+    wide = problem.layout.startswith("feature") and _itemsize(problem) == 2
+    tokens = max(LEAST_DOT, min(problem.tokens, 128 if wide else 64))
+    return Tile(tokens, outputs, 64 if wide else 32, warps=8 if tokens * outputs >= _MANY_SUMS else 4, variant="dot")
+
+
+def _dots(problem: Problem, structure: NM) -> list[Tile]:
+    most_tokens, rows = max(LEAST_DOT, problem.tokens), _rows(structure)
+    found = []
+    for tokens, depth, warps, stages in itertools.product((16, 32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5)):
+        tile = Tile(tokens, rows, depth, warps=warps, stages=stages, variant="dot")
+        if tokens <= most_tokens and _fits(problem, tile):
+            found.append(tile)
+    return found or [_dot(problem, structure)]
+
+
+def _fits(problem: Problem, tile: Tile) -> bool:
+    """Whether the pipeline of a `dot` fits into shared memory, and what a thread holds at once into its registers."""
+    size, threads = _itemsize(problem), tile.warps * 32
+    side, inner = (tile.depth, tile.tokens) if problem.kernel == "nm_value_gradient" else (tile.tokens, tile.depth)
+    sums, operands = side * tile.outputs // threads, (side + tile.outputs) * inner * size // 4 // threads
+    if (side + tile.outputs) * inner * size * tile.stages > triton_limits.limits_of(problem.device).shared_bytes:
+        return False
+    # Tensor cores read operands from shared memory; exact float32 products, and inputs gathered one by one, from registers.
+    in_registers = size == 4 or not problem.layout.startswith("feature")
+    most_sums = triton_limits.sums_per_thread(problem) // 2  # the rest is for addresses and the epilogue
+    return _FEWEST_SUMS <= sums <= most_sums and (not in_registers or operands <= _MOST_OPERANDS)
+
+
+def _gather(tokens: int, outputs: int, warps: int) -> Tile:
+    depth = max(1, min(32, _PRODUCTS * warps // 4 // (tokens * outputs)))
+    return Tile(tokens, outputs, depth, warps=warps, stages=2, variant="gather")
+
+
+def _gathers(problem: Problem) -> list[Tile]:
+    if problem.kernel == "nm_value_gradient":
+        shapes = ((16, 8, 32), (16, 16, 16), (32, 8, 16), (64, 8, 8), (64, 4, 16))
+        return [Tile(*shape, warps=warps, stages=2, variant="gather") for shape in shapes for warps in (4, 8)]
+    most_tokens = min(problem.tokens, 128)
+    found = [
+        _gather(min(tokens, most_tokens), outputs, warps)
+        for tokens, outputs, warps in itertools.product((1, 8, 32, 64, 128), (8, 16, 32, 64), (4, 8))
+        if tokens * outputs <= _PRODUCTS * warps // 4
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _rows(structure: NM) -> int:
+    """Rows of one group that a program of `dot` takes: a power of two."""
+    return max(LEAST_DOT, min(_LARGEST_DOT, 1 << (structure.vector - 1).bit_length()))
+
+
+def _itemsize(problem: Problem) -> int:
+    dtype: torch.dtype = getattr(torch, problem.dtype)
+    return dtype.itemsize
