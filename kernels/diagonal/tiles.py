@@ -1,0 +1,37 @@
+"""How the Triton kernels for diagonals cut their work: the default, and what a search tries."""
+
+from __future__ import annotations
+
+import itertools
+
+from padst_compile.kernels.launch import Problem, Tile
+
+_PRODUCTS = 4096  # of one step: 32 accumulators for each of 128 threads
+
+
+def default_tile(problem: Problem) -> Tile:
+    """The tile to start from, for `diagonal_forward`, `diagonal_input_gradient` or `diagonal_value_gradient`."""
+    if problem.kernel == "diagonal_value_gradient":
+        return Tile(tokens=16, outputs=64, depth=4, stages=2, variant="gather")
+    # Neighbours in memory should be neighbours in the tile: outputs, or tokens where these are next to each other.
+    tokens = 64 if problem.layout.startswith("feature") else 16
+    tokens = min(problem.tokens, tokens)
+    return _tile(tokens, 32 if tokens > 16 else 64, 4)
+
+
+def tiles(problem: Problem) -> list[Tile]:
+    """All tiles worth timing; each of them is right for every size."""
+    if problem.kernel == "diagonal_value_gradient":
+        shapes = ((8, 64, 8), (16, 32, 8), (16, 64, 4), (32, 32, 4), (32, 64, 2), (64, 32, 2))
+        return [Tile(*shape, warps=warps, stages=2, variant="gather") for shape in shapes for warps in (4, 8)]
+    found = [
+        _tile(min(tokens, problem.tokens), outputs, warps)
+        for tokens, outputs, warps in itertools.product((1, 4, 16, 32, 64, 128), (16, 32, 64, 128), (4, 8))
+        if tokens * outputs <= _PRODUCTS * warps // 4
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _tile(tokens: int, outputs: int, warps: int) -> Tile:
+    depth = max(1, min(32, _PRODUCTS * warps // 4 // (tokens * outputs)))
+    return Tile(tokens, outputs, depth, warps=warps, stages=2, variant="gather")
