@@ -20,7 +20,11 @@ SparseKernel: TypeAlias = Literal["native", "triton", "aten"]
 register_format(Block.kind, block_aten.BlockFormat())
 
 # Where each structure's Triton kernels are: a module with a `PRODUCT` (`TritonProduct`). Imported at first use.
-_TRITON_PRODUCTS = {"block": "padst_compile.kernels.block.triton_op"}
+_TRITON_PRODUCTS = {
+    "block": "padst_compile.kernels.block.triton_op",
+    "nm": "padst_compile.kernels.nm.triton_op",
+    "diagonal": "padst_compile.kernels.diagonal.triton_op",
+}
 
 
 def kernel_for(structure: Structure, device: torch.device, dtype: torch.dtype) -> SparseKernel:
