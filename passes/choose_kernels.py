@@ -23,7 +23,7 @@ from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
-from padst_compile.passes.native_calls import epilogue
+from padst_compile.passes.native_calls import epilogue, layouts
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
 Policy: TypeAlias = Literal["measure", "sparse", "dense"]
@@ -65,9 +65,9 @@ class ChooseKernels(RewriteRule):
 
     @property
     def decisions(self) -> list[LayerDecision]:
-        """One for each structured product, in the order of the graph; a native call's epilogue is read when this is asked."""
+        """One for each structured product, in the order of the graph; what a native call does besides is read when asked."""
         return [
-            decision if native is None else dataclasses.replace(decision, fused=decision.fused + epilogue(native))
+            decision if native is None else dataclasses.replace(decision, fused=decision.fused + epilogue(native) + layouts(native))
             for decision, native in self._decided
         ]
 

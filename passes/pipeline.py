@@ -30,6 +30,7 @@ from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import PERMUTE, is_call, layer_name
 from padst_compile.passes.interleave_blocks import InterleaveBlocks
+from padst_compile.passes.keep_feature_major import KeepFeatureMajor
 from padst_compile.passes.place_permutations import PlacePermutations
 from padst_compile.passes.recognize_gelu import RecognizeGelu
 from padst_compile.passes.remove_dropout import RemoveDropout
@@ -56,6 +57,7 @@ RULES: tuple[type[Pass], ...] = (
     ChooseKernels,
     FuseActivation,
     FuseResidual,
+    KeepFeatureMajor,
     InterleaveBlocks,
     TanhGate,
 )

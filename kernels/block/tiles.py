@@ -19,6 +19,9 @@ _STEP_BYTES = 128  # of one row of a step: what the memory and the widest shared
 _STAGES = (3, 4, 5)
 _GROUPS = (8, 1)
 _FEW_TOKENS = 256
+_ALIGNED = 16  # elements: what Triton asks of sizes and strides before it copies 16 bytes at once
+_MOST_SUMS = 64  # per thread: twice as many leave no registers for GELU
+_MOST_POINTERS = 32  # of inputs, per thread, two registers each
 
 
 def default_tile(problem: Problem) -> Tile:
@@ -47,32 +50,42 @@ def step_bytes(problem: Problem, tile: Tile) -> int:
 
 def _fits(problem: Problem, tile: Tile) -> bool:
     """Whether the pipeline fits into shared memory, and the sums and both tiles of a step into registers."""
-    limits = triton_limits.limits_of(problem.device)
-    if tile.stages * step_bytes(problem, tile) > limits.shared_bytes:
+    if tile.stages * step_bytes(problem, tile) > triton_limits.limits_of(problem.device).shared_bytes:
         return False
-    sums = tile.tokens * tile.outputs if problem.kernel != "block_value_gradient" else tile.depth * tile.outputs
-    return sums <= triton_limits.sums_per_thread(problem) * 32 * tile.warps
+    threads = 32 * tile.warps
+    gradient = problem.kernel == "block_value_gradient"
+    if element_by_element(problem) and tile.tokens * tile.depth > _MOST_POINTERS * threads:
+        return False
+    sums = tile.depth * tile.outputs if gradient else tile.tokens * tile.outputs
+    return sums <= _MOST_SUMS * threads
+
+
+def element_by_element(problem: Problem) -> bool:
+    """Whether inputs come one by one, each by a pointer of its own: permuted, or at places that no 16 bytes align with."""
+    block = _block(problem)
+    odd = any(size % _ALIGNED for size in (problem.in_features, problem.out_features, block.rows, block.columns))
+    return odd or ("in" in problem.permuted.split("+") and problem.layout.startswith("token/"))
 
 
 def _linear(problem: Problem) -> Iterator[Tile]:
     block = _block(problem)
     outputs, depth = _side(block.rows, _WIDEST_OUTPUTS), _side(block.columns, _depth(problem))
+    if element_by_element(problem):
+        depth = min(depth, _MOST_POINTERS)
     few = problem.tokens <= _FEW_TOKENS
     widths = [outputs, outputs // 2, outputs // 4] if few else [outputs]
     groups = _GROUPS[:1] if few else _GROUPS
     variants = ("pointer", "descriptor") if _may_describe(problem, block) else ("pointer",)
     for variant, group, stages, tokens, width in itertools.product(variants, groups, _STAGES, _token_sides(problem), widths):
         if width >= _SMALLEST:
-            for warps in _warps(problem, tokens * width):
-                yield Tile(tokens, width, depth, group, warps, stages, variant)
+            yield Tile(tokens, width, depth, group, _warps(tokens * width), stages, variant)
 
 
 def _value_gradient(problem: Problem) -> Iterator[Tile]:
     block, step = _block(problem), _depth(problem)
     outputs, depth = _side(block.rows, _WIDEST_OUTPUTS), _side(block.columns, _WIDEST_OUTPUTS)
     for stages, tokens in itertools.product(_STAGES, (step, 2 * step)):
-        for warps in _warps(problem, depth * outputs):
-            yield Tile(max(_SMALLEST, min(tokens, problem.tokens)), outputs, depth, 1, warps, stages)
+        yield Tile(max(_SMALLEST, min(tokens, problem.tokens)), outputs, depth, 1, _warps(depth * outputs), stages)
 
 
 def _smallest(problem: Problem) -> Tile:
@@ -81,15 +94,18 @@ def _smallest(problem: Problem) -> Tile:
 
 def _token_sides(problem: Problem) -> tuple[int, ...]:
     """Tokens of a tile, best guess first."""
-    exact = problem.dtype == "float32"
-    sides = (64, 128, 32) if exact else (128, 64, 256)
+    sides = (64, 128) if _exact(problem) else (128, 64, 256)
     small = max(_SMALLEST, problem.tokens)
     return sides if small >= 2 * max(sides) else tuple(dict.fromkeys(min(side, small) for side in sides))
 
 
-def _warps(problem: Problem, sums: int) -> tuple[int, ...]:
-    """Numbers of warps, best guess first: 64 sums per thread, or 128 where that is too many warps."""
-    return (4,) if sums <= 64 * 128 else (8, 4)
+def _exact(problem: Problem) -> bool:
+    """Whether ordinary cores multiply, which keep operands in registers."""
+    return problem.dtype == "float32" and problem.precision == "ieee"
+
+
+def _warps(sums: int) -> int:
+    return 4 if sums <= _MOST_SUMS * 128 else 8
 
 
 def _depth(problem: Problem) -> int:
@@ -111,4 +127,10 @@ def _may_describe(problem: Problem, block: Block) -> bool:
     """Whether the descriptor variant can serve this problem: see `triton.linear_launch`."""
     limits = triton_limits.limits_of(problem.device)
     whole = problem.in_features % block.columns == 0 and block.columns % _side(block.columns, _depth(problem)) == 0
-    return limits.descriptors and whole and "in" not in problem.permuted.split("+") and problem.layout.startswith("token/")
+    return (
+        limits.descriptors
+        and whole
+        and not _exact(problem)
+        and "in" not in problem.permuted.split("+")
+        and problem.layout.startswith("token/")
+    )

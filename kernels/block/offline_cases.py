@@ -1,0 +1,140 @@
+"""What the block kernels must compile to: every tile of the search spaces of some problems."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from padst_compile.kernels.block.tiles import element_by_element, step_bytes, tiles
+from padst_compile.kernels.block.triton import Blocks, linear_launch, value_gradient_launch
+from padst_compile.kernels.extras import Extras
+from padst_compile.kernels.launch import Problem, Tile
+from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target
+from padst_compile.kernels.token_shares import TokenShares
+from padst_compile.kernels.triton_support import Launch, token_bucket
+from padst_compile.structures import Block, parse
+
+_WARP_GROUP_TOKENS = 64  # rows of the smallest product of wgmma and tcgen05
+
+
+def offline_cases(target: Target) -> Iterator[Case]:
+    """Every tile that a tuner may choose for the problems below, once per machine code."""
+    for problem in _problems(DEVICES[target]):
+        # `group` orders the programs, which compiles to the same.
+        for tile in dict.fromkeys(dataclasses.replace(tile, group=8) for tile in tiles(problem)):
+            launch = launch_of(problem, tile)
+            yield Case(
+                problem,
+                tile,
+                launch,
+                step_bytes=step_bytes(problem, tile),
+                product=_product(problem, tile, target),
+                wide_loads=_wide(problem, tile, target),
+            )
+
+
+def launch_of(problem: Problem, tile: Tile) -> Launch:
+    """The launch of a problem and tile, on meta tensors of its sizes."""
+    structure, dtype = parse(problem.structure), getattr(torch, problem.dtype)
+    assert isinstance(structure, Block)
+    blocks = problem.active // (structure.rows * structure.columns)
+    row_count = -(-problem.out_features // structure.rows)
+    orders = problem.layout.split("/")
+    x = _activations(problem.tokens, problem.in_features, dtype, orders[0])
+    y = _activations(problem.tokens, problem.out_features, dtype, orders[1])
+    row_pointers, columns = _index(row_count + 1), _index(blocks)
+    if problem.kernel == "block_value_gradient":
+        shares = TokenShares(2, problem.tokens // 2)
+        sums = torch.empty(2, blocks, structure.columns, structure.rows, device="meta")
+        return value_gradient_launch(structure, x, y, (row_pointers, columns), sums, shares, problem, tile)
+    transposed = problem.kernel == "block_input_gradient"
+    sides = (structure.rows, structure.columns) if transposed else (structure.columns, structure.rows)
+    values = torch.empty(blocks, *sides, device="meta", dtype=dtype)
+    stored = Blocks(structure, values, row_pointers, columns, _index(blocks) if transposed else None, transposed)
+    return linear_launch(x, stored, y, _extras(problem, dtype), problem, tile)
+
+
+def _problems(device: str) -> Iterator[Problem]:
+    """Layers of ViT-B/16 at batch 256 and of a larger model, a decoding step, and what the kernels do besides."""
+    half, full = "bfloat16", "float32"
+    for size in (16, 32, 64):
+        yield _problem(size, 768, 3072, 50432, half, device, epilogue="bias+gelu")
+    yield _problem(128, 4096, 16384, 16384, half, device, epilogue="bias+gelu")
+    yield _problem(64, 3072, 768, 50432, "float16", device, epilogue="bias+residual")
+    yield _problem(64, 4096, 16384, 16, half, device, epilogue="bias+silu+gate")
+    yield _problem(64, 768, 3072, 16, full, device, epilogue="bias+gelu")
+    yield _problem(64, 768, 3072, 50432, half, device, permuted="in+out")
+    yield _problem(64, 3072, 768, 50432, half, device, permuted="in", layout="feature/token")
+    yield _problem((24, 40), 1000, 1003, 4096, half, device, epilogue="bias")
+    for precision in ("ieee", "tf32", "tf32x3"):
+        for kernel in ("block_forward", "block_input_gradient", "block_value_gradient"):
+            yield _problem(64, 768, 3072, 50432, full, device, kernel=kernel, precision=precision)
+    for size in (16, 64):
+        for kernel in ("block_input_gradient", "block_value_gradient"):
+            yield _problem(size, 3072, 768, 50432, half, device, kernel=kernel)
+
+
+def _problem(
+    size: int | tuple[int, int],
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    dtype: str,
+    device: str,
+    *,
+    kernel: str = "block_forward",
+    precision: str = "ieee",
+    permuted: str = "",
+    epilogue: str = "",
+    layout: str = "token/token",
+) -> Problem:
+    """A layer with one block in ten."""
+    structure = Block(size)
+    blocks = -(-out_features // structure.rows) * -(-in_features // structure.columns) // 10
+    return Problem(
+        kernel, structure.to_string(), in_features, out_features, blocks * structure.rows * structure.columns,
+        token_bucket(tokens), dtype, precision, permuted, epilogue, layout, device,
+    )  # fmt: skip
+
+
+def _product(problem: Problem, tile: Tile, target: Target) -> str | None:
+    """The instruction that multiplies: tensor cores, those of Hopper and later where the tile is tall enough for them."""
+    if problem.dtype == "float32" and problem.precision == "ieee":
+        return None
+    side = tile.depth if problem.kernel == "block_value_gradient" else tile.tokens
+    return TENSOR_CORES[target] if side >= _WARP_GROUP_TOKENS or target in ("sm_80", "gfx942") else "mma"
+
+
+def _wide(problem: Problem, tile: Tile, target: Target) -> bool:
+    """Whether 16-byte copies are claimed.
+
+    Not where inputs come one by one. Nor for sums over tokens in TF32 on Hopper and later, whose tensor cores want the tokens
+    of both operands adjacent: copies in flight cannot transpose.
+    """
+    transposed = problem.kernel == "block_value_gradient" and problem.dtype == "float32" and target in ("sm_90", "sm_100")
+    return not transposed and not element_by_element(problem)
+
+
+def _extras(problem: Problem, dtype: torch.dtype) -> Extras:
+    parts, permuted = problem.epilogue.split("+"), problem.permuted.split("+")
+    like_y = torch.empty(problem.tokens, problem.out_features, device="meta", dtype=dtype)
+    return Extras(
+        bias=like_y[0] if "bias" in parts else None,
+        input_permutation=_index(problem.in_features) if "in" in permuted else None,
+        output_permutation=_index(problem.out_features) if "out" in permuted else None,
+        activation=next((part for part in parts if part not in ("", "bias", "gate", "residual")), "none"),
+        gate=like_y if "gate" in parts else None,
+        residual=like_y if "residual" in parts else None,
+    )
+
+
+def _activations(tokens: int, features: int, dtype: torch.dtype, order: str) -> torch.Tensor:
+    if order == "feature":
+        return torch.empty(features, tokens, device="meta", dtype=dtype).T
+    return torch.empty(tokens, features, device="meta", dtype=dtype)
+
+
+def _index(entries: int) -> torch.Tensor:
+    return torch.empty(entries, device="meta", dtype=torch.int32)

@@ -1,0 +1,168 @@
+"""Compiles the kernels for GPUs that are not there: `python -m padst_compile.kernels.offline`, or `make kernels-offline`.
+
+Every tile that a tuner may choose must compile without spilled registers, within the chip's shared memory, to the
+tensor-core instructions and the wide copies that its kernel claims. What it uses is printed and compared with a recorded
+file, one part for each version of Triton, so that a change of the kernels or of the compiler shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from padst_compile.files import replace_text
+from padst_compile.kernels import triton_limits
+from padst_compile.kernels.compiled import Compiled, compile_launch
+from padst_compile.kernels.offline_case import DEVICES, Case, Target
+
+# Modules with a function `offline_cases(target)`.
+MODULES = ("padst_compile.kernels.block.offline_cases",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one case compiled to.
+
+    Args:
+        case: what was compiled.
+        compiled: what it uses, or None where it did not compile.
+        faults: sentences about what must not be.
+    """
+
+    case: Case
+    compiled: Compiled | None
+    faults: tuple[str, ...]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is kept in the recorded file."""
+        if self.compiled is None:
+            return {"failed": True}
+        compiled = self.compiled
+        products = "+".join(sorted(compiled.products)) or "fma"
+        return {"registers": compiled.registers, "shared": compiled.shared_bytes, "products": products, "depth": self.depth}
+
+    @property
+    def depth(self) -> int:
+        """Steps of the loop that shared memory holds at once."""
+        return self.compiled.shared_bytes // self.case.step_bytes if self.compiled and self.case.step_bytes else 0
+
+
+def all_cases(target: Target) -> Iterator[Case]:
+    """The cases of every module, each once."""
+    names = set()
+    for module in MODULES:
+        for case in importlib.import_module(module).offline_cases(target):
+            if case.name not in names:
+                names.add(case.name)
+                yield case
+
+
+def examine(case: Case, target: Target) -> Finding:
+    """Compile a case and list its faults."""
+    try:
+        compiled = compile_launch(case.launch, target)
+    except Exception as error:  # whatever a compiler raises is a finding about the kernel
+        return Finding(case, None, (f"does not compile: {str(error).splitlines()[0]}",))
+    limit = triton_limits.limits_of(case.problem.device).shared_bytes
+    faults = []
+    if compiled.spilled_bytes:
+        faults.append(f"{compiled.spilled_bytes} bytes of registers spill")
+    if compiled.shared_bytes > limit:
+        faults.append(f"{compiled.shared_bytes} bytes of shared memory, {limit} are there")
+    if case.product is not None and case.product not in compiled.products:
+        faults.append(f"no {case.product}, but {'+'.join(compiled.products) or 'none'}")
+    if case.wide_loads and not compiled.wide_loads:
+        faults.append("no wide copies")
+    return Finding(case, compiled, tuple(faults))
+
+
+def differences(findings: Sequence[Finding], golden: dict[str, Any], whole: bool) -> list[str]:
+    """How what was found differs from what was recorded; `whole` if all cases were compiled."""
+    found = {finding.case.name: finding.record for finding in findings}
+    changed = [f"{name}: {golden[name]} -> {found[name]}" for name in found if name in golden and golden[name] != found[name]]
+    new = [f"{name}: not recorded" for name in found if name not in golden]
+    gone = [f"{name}: recorded, but no case" for name in golden if name not in found] if whole else []
+    return changed + new + gone
+
+
+def table(target: Target, findings: Sequence[Finding]) -> Table:
+    """What was found, one line for each case."""
+    result = Table(title=f"{target}, triton {triton.__version__}")
+    for column in ("case", "registers", "shared KiB", "depth", "products", "faults"):
+        result.add_column(column, overflow="fold", justify="left" if column in ("case", "products", "faults") else "right")
+    for finding in findings:
+        record = finding.record
+        shared = f"{record['shared'] / 1024:.0f}" if "shared" in record else ""
+        cells = (record.get("registers", ""), shared, record.get("depth", ""), record.get("products", ""))
+        result.add_row(finding.case.name, *map(str, cells), "; ".join(finding.faults))
+    return result
+
+
+def check(target: Target, cases: Sequence[Case], workers: int) -> list[Finding]:
+    """Compile all cases, in their order."""
+    if workers == 1:
+        return [examine(case, target) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:  # the compiler lets go of Python's lock
+        return list(pool.map(examine, cases, [target] * len(cases)))
+
+
+def version() -> str:
+    """The version of Triton, as the recorded file names it: without the patch level."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, print and compare; 1 where something is wrong."""
+    options = _options(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    path: Path | None = options.golden
+    recorded = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    section, wrong = recorded.setdefault(version(), {}), 0
+    for target in options.target:
+        cases = [case for case in all_cases(target) if all(word in case.name for word in options.only)]
+        if options.first:
+            cases = list({case.problem: case for case in reversed(cases)}.values())[::-1]
+        findings = check(target, cases, options.workers)
+        console.print(table(target, findings))
+        faults = [f"{finding.case.name}: {fault}" for finding in findings for fault in finding.faults]
+        whole = not options.only and not options.first
+        if options.record and whole:
+            section[target] = {finding.case.name: finding.record for finding in findings}
+        changes = differences(findings, section[target], whole) if target in section else []
+        for line in (*(f"FAULT {fault}" for fault in faults), *(f"CHANGED {change}" for change in changes)):
+            console.print(f"{target}: {line}", markup=False, highlight=False)
+        console.print(f"{target}: {len(findings)} kernels, {len(faults)} faults, {len(changes)} changes")
+        wrong += len(faults) + len(changes)
+    if options.record and path is not None:
+        replace_text(path, json.dumps(recorded, indent=0, sort_keys=True) + "\n")
+    return int(wrong > 0)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compile all kernels for GPUs that are not there, and check what they use.")
+    parser.add_argument("--target", action="append", choices=list(DEVICES), help="architectures (default: all)")
+    parser.add_argument("--only", action="append", default=[], help="cases whose name has this in it")
+    parser.add_argument("--first", action="store_true", help="the default tile of each problem alone")
+    parser.add_argument("--golden", type=Path, help="the recorded file to compare with")
+    parser.add_argument("--record", action="store_true", help="write the recorded file's part for this Triton")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
+    options = parser.parse_args(arguments)
+    options.target = options.target or list(DEVICES)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

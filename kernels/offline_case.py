@@ -1,0 +1,52 @@
+"""One launch that must compile well for a GPU that is not there, and what is expected of its machine code."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+from padst_compile.kernels.launch import Problem, Tile
+from padst_compile.kernels.triton_support import Launch
+
+Target: TypeAlias = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
+
+# A device of each architecture, as `Problem.device` names it.
+DEVICES: dict[Target, str] = {
+    "sm_80": "sm_80 (8.0)",
+    "sm_90": "sm_90 (9.0)",
+    "sm_100": "sm_100 (10.0)",
+    "gfx942": "gfx942",
+}
+TENSOR_CORES: dict[Target, str] = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What `offline.py` compiles.
+
+    Args:
+        problem: of the launch; its device is one of `DEVICES`.
+        tile: one that a tuner may choose for it.
+        launch: of meta tensors.
+        step_bytes: of shared memory that one stage of the pipeline takes; 0 where there is no pipeline.
+        product: the tensor-core instruction that must occur ("mma", "wgmma", "tcgen05", "mfma"), or None.
+        wide_loads: whether the operands must be copied 16 bytes at a time, or as whole tiles, without waiting.
+    """
+
+    problem: Problem
+    tile: Tile
+    launch: Launch
+    step_bytes: int = 0
+    product: str | None = None
+    wide_loads: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tells a case from others, device aside."""
+        p, t = self.problem, self.tile
+        parts = [p.kernel, p.structure, f"{p.in_features}->{p.out_features}", f"{p.tokens}t", p.dtype]
+        parts += [] if p.precision == "ieee" else [p.precision]
+        parts += [f"permuted={p.permuted}"] if p.permuted else []
+        parts += [p.epilogue] if p.epilogue else []
+        parts += [] if p.layout == "token/token" else [p.layout]
+        return f"{' '.join(parts)} | {t.tokens}x{t.outputs}x{t.depth} warps={t.warps} stages={t.stages} {t.variant}"
