@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import re
 
+from padst_compile.kernels.launch import Problem
+
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -42,3 +44,12 @@ def limits_of(device: str) -> Limits:
         return _AMD
     capability = re.search(r"\((\d+)\.(\d+)\)$", device)
     return _OLD if capability is None else _BY_CAPABILITY.get((int(capability[1]), int(capability[2])), _OLD)
+
+
+def sums_per_thread(problem: Problem) -> int:
+    """How many float32 sums a thread can hold beside what it multiplies, without spilling.
+
+    Tensor cores read their operands from shared memory or in small fragments. Exact float32 products run on ordinary cores,
+    whose operands take registers too.
+    """
+    return 64 if problem.dtype == "float32" else 128
