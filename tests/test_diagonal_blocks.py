@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from padst_compile import permutation
 from padst_compile.kernels.block.reference import block_linear
-from padst_compile.kernels.diagonal.blocks import BlockForm, block_form, diagonal_values, folds
+from padst_compile.kernels.diagonal.blocks import block_size, block_tables, diagonal_blocks
 from padst_compile.kernels.diagonal.reference import diagonal_linear
 from padst_compile.structures import Diagonal, Shape, Topology
 
@@ -35,76 +33,79 @@ def random_layer(structure: Diagonal, shape: Shape, density: float) -> tuple[tor
     return structure.pack(weight, topology), topology
 
 
-def product(form: BlockForm, x: torch.Tensor, out_features: int) -> torch.Tensor:
-    y = block_linear(form.structure, permutation_of(x, form.input_permutation), form.values, form.topology, out_features)
-    return permutation_of(y, form.output_permutation)
-
-
 def permutation_of(x: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     return x if table is None else x[..., table.long()]
 
 
 @each_case
 @pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
-@pytest.mark.parametrize(("permute_in", "permute_out"), list(itertools.product((False, True), repeat=2)))
-def test_the_block_form_equals_the_diagonals(
-    structure: Diagonal, shape: Shape, density: float, permute_in: bool, permute_out: bool
-) -> None:
+def test_the_block_form_equals_the_diagonals(structure: Diagonal, shape: Shape, density: float) -> None:
     structure.check(shape, 0.0, "layer")
     values, topology = random_layer(structure, shape, density)
     assert structure.check_topology(topology, shape) is None
-    generator = torch.Generator().manual_seed(1)
-    into = permutation.random(shape.in_features, generator) if permute_in else None
-    out = permutation.random(shape.out_features, generator) if permute_out else None
-    x = torch.randint(-9, 10, (3, shape.in_features), generator=generator).double()
+    x = torch.randint(-9, 10, (3, shape.in_features), generator=torch.Generator().manual_seed(1)).double()
 
-    form = block_form(structure, values, topology, shape, into, out)
-    expected = diagonal_linear(structure, permutation_of(x, into), values, topology, shape.out_features)
-    assert torch.equal(product(form, x, shape.out_features), permutation_of(expected, out))
+    tables = block_tables(structure, topology[0], shape)
+    inputs = x[:, tables.input_permutation.long()]
+    y = block_linear(tables.structure, inputs, tables.blocks(values), tables.topology, shape.out_features)
+    expected = diagonal_linear(structure, x, values, topology, shape.out_features)
+    assert torch.equal(y[:, tables.output_permutation.long()], expected)
 
 
 @each_case
 def test_the_block_form_is_a_valid_layer_with_no_padding(structure: Diagonal, shape: Shape) -> None:
     values, topology = random_layer(structure, shape, 0.3)
-    form = block_form(structure, values, topology, shape)
-    assert form.structure.check_topology(form.topology, shape) is None
-    assert form.structure.grid(shape) == (structure.classes(shape),) * 2
-    assert form.values.numel() == values.numel()
-    assert form.values.is_contiguous()
-    assert torch.equal(form.topology[0].diff(), form.topology[0].diff()[:1].expand(structure.classes(shape)))
-    for table, size in ((form.input_permutation, shape.in_features), (form.output_permutation, shape.out_features)):
+    tables = block_tables(structure, topology[0], shape)
+    assert tables.structure == block_size(structure, shape)
+    assert tables.structure.check_topology(tables.topology, shape) is None
+    assert tables.structure.grid(shape) == (structure.classes(shape),) * 2
+    blocks = tables.blocks(values)
+    assert blocks.numel() == values.numel()
+    assert blocks.is_contiguous()
+    assert torch.equal(tables.topology[0].diff(), tables.topology[0].diff()[:1].expand(structure.classes(shape)))
+    for table, size in ((tables.input_permutation, shape.in_features), (tables.output_permutation, shape.out_features)):
+        assert table.dtype == torch.int32
         assert torch.equal(permutation.check(table, size, "layer"), table)
 
 
 @each_case
 def test_values_come_back(structure: Diagonal, shape: Shape) -> None:
     values, topology = random_layer(structure, shape, 0.3)
-    form = block_form(structure, values, topology, shape)
-    assert torch.equal(diagonal_values(structure, form.values, topology, shape), values)
+    tables = block_tables(structure, topology[0], shape)
+    assert torch.equal(tables.diagonals(tables.blocks(values)), values.flatten())
 
 
 def test_fc1_and_fc2_meet_in_the_same_order() -> None:
     """What one layer's stride permutation does to the hidden features, the next one's undoes: the two cancel."""
     up, down, structure = Shape(96, 24), Shape(24, 96), Diagonal(4)
-    first = block_form(structure, *random_layer(structure, up, 0.5), up)
-    second = block_form(structure, *random_layer(structure, down, 0.5), down)
+    first = block_tables(structure, random_layer(structure, up, 0.5)[1][0], up)
+    second = block_tables(structure, random_layer(structure, down, 0.5)[1][0], down)
     assert permutation.is_identity(permutation.compose(first.output_permutation, second.input_permutation))
 
 
-def test_index_maps_follow_from_the_definition() -> None:
+@each_case
+def test_index_maps_follow_from_the_definition(structure: Diagonal, shape: Shape) -> None:
     """Every value lies in the block of its residues, at the place of its steps."""
-    for structure, shape in CASES:
-        values, topology = random_layer(structure, shape, 0.3)
-        stride = structure.classes(shape)
-        numbered = torch.arange(values.numel(), dtype=torch.float64).reshape(values.shape) + 1
-        form = block_form(structure, numbered, topology, shape)
-        blocks = form.structure.unpack(form.values, form.topology, shape)
-        i, j = (position.flatten() for position in structure.positions(topology, shape))
-        rows, columns = form.structure.rows, form.structure.columns
-        found = blocks[i % stride * rows + i // stride, j % stride * columns + j // stride]
-        assert torch.equal(found, numbered.flatten())
+    values, topology = random_layer(structure, shape, 0.3)
+    stride = structure.classes(shape)
+    numbered = torch.arange(values.numel(), dtype=torch.float64).reshape(values.shape) + 1
+    tables = block_tables(structure, topology[0], shape)
+    blocks = tables.structure.unpack(tables.blocks(numbered), tables.topology, shape)
+    i, j = (position.flatten() for position in structure.positions(topology, shape))
+    rows, columns = tables.structure.rows, tables.structure.columns
+    found = blocks[i % stride * rows + i // stride, j % stride * columns + j // stride]
+    assert torch.equal(found, numbered.flatten())
 
 
-@pytest.mark.parametrize(("group", "smallest", "answer"), [(1, 1, False), (2, 1, True), (8, 16, False), (16, 16, True)])
-def test_only_whole_classes_fold(group: int, smallest: int, answer: bool) -> None:
-    assert folds(Diagonal(group), smallest) is answer
+def test_free_diagonals_have_no_blocks() -> None:
+    assert block_size(Diagonal(), Shape(8, 8)) is None
+
+
+@each_case
+def test_the_operator_for_graphs(structure: Diagonal, shape: Shape) -> None:
+    offsets = random_layer(structure, shape, 0.3)[1][0]
+    arguments = (offsets, shape.out_features, shape.in_features, structure.to_string())
+    tables = block_tables(structure, offsets, shape)
+    expected = [*tables.topology, tables.entries, tables.input_permutation, tables.output_permutation]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(diagonal_blocks(*arguments), expected, strict=True))
+    torch.library.opcheck(torch.ops.padst.diagonal_blocks.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -16,86 +16,99 @@ import dataclasses
 
 import torch
 
-from padst_compile.permutation import INDEX_DTYPE, compose
-from padst_compile.structures import Block, Diagonal, Shape, Topology
+from padst_compile.permutation import INDEX_DTYPE
+from padst_compile.structures import Block, Diagonal, Shape, Topology, parse
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockForm:
-    """A block product that equals a diagonal one: `permute(permute(x, input_permutation) @ S.T, output_permutation)`.
+class BlockTables:
+    """How diagonals lie in blocks; all that follows from their offsets.
 
     Args:
         structure: blocks of `out / stride` by `in / stride`.
-        values: `[blocks, columns, rows]`, as `Block` packs them.
         topology: `row_pointers` and `columns`, int32; every block row holds equally many.
-        input_permutation: int32 `[in_features]`.
-        output_permutation: int32 `[out_features]`.
+        entries: int32 `[values]`, which of the diagonals' values each of the blocks' values is.
+        input_permutation: int32 `[in_features]`, before the block product.
+        output_permutation: int32 `[out_features]`, after it.
     """
 
     structure: Block
-    values: torch.Tensor
     topology: Topology
+    entries: torch.Tensor
     input_permutation: torch.Tensor
     output_permutation: torch.Tensor
 
+    def blocks(self, values: torch.Tensor) -> torch.Tensor:
+        """The blocks `[blocks, columns, rows]` that hold the values `[diagonals, length]` of the diagonals."""
+        sizes = (-1, self.structure.columns, self.structure.rows)
+        return values.flatten().index_select(0, self.entries).reshape(sizes)
 
-def folds(structure: Diagonal, smallest: int) -> bool:
-    """Whether a structure's blocks have at least `smallest` rows and columns; free diagonals have none."""
-    return structure.group >= max(smallest, 2)
+    def diagonals(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The values of the diagonals, one after the other, that `blocks` made these blocks of."""
+        return blocks.new_empty(blocks.numel()).scatter(0, self.entries.long(), blocks.flatten())
 
 
-def block_form(
-    structure: Diagonal,
-    values: torch.Tensor,
-    topology: Topology,
-    shape: Shape,
-    input_permutation: torch.Tensor | None = None,
-    output_permutation: torch.Tensor | None = None,
-) -> BlockForm:
-    """The block product that `structure` with these tables is.
+def block_size(structure: Diagonal, shape: Shape) -> Block | None:
+    """The blocks that the diagonals of a layer fold into, or None for free diagonals."""
+    if structure.group == 1:
+        return None
+    stride = structure.classes(shape)
+    return Block((shape.out_features // stride, shape.in_features // stride))
 
-    Nothing waits for the device: all that depends on the offsets is computed where they are.
+
+def block_tables(structure: Diagonal, offsets: torch.Tensor, shape: Shape) -> BlockTables:
+    """The tables of diagonals in residue classes; nothing waits for the device that the offsets are on.
 
     Args:
-        structure: diagonals in residue classes, `group > 1`.
-        values: `[diagonals, length]`.
-        topology: the offsets, whole classes as `Diagonal.check_topology` demands.
+        structure: with `group > 1`.
+        offsets: int32 `[diagonals]`, whole classes as `Diagonal.check_topology` demands.
         shape: of the layer; `Diagonal.check` accepted it.
-        input_permutation: int32 `[in_features]`, applied before the product, or None.
-        output_permutation: int32 `[out_features]`, applied after it, or None.
     """
+    blocks = block_size(structure, shape)
+    assert blocks is not None
     stride = structure.classes(shape)
-    into, out = _read_by_class(shape.in_features, stride, values), _write_by_class(shape.out_features, stride, values)
-    columns, index = _blocks(structure, topology[0], shape)
-    pointers = torch.arange(stride + 1, dtype=INDEX_DTYPE, device=values.device) * columns.shape[1]
-    return BlockForm(
-        Block((shape.out_features // stride, shape.in_features // stride)),
-        values.reshape(-1)[index].contiguous(),
-        (pointers, columns.flatten().to(INDEX_DTYPE)),
-        into if input_permutation is None else compose(input_permutation, into),
-        out if output_permutation is None else compose(out, output_permutation),
+    columns, entries = _entries(structure, offsets, shape)
+    pointers = torch.arange(stride + 1, dtype=INDEX_DTYPE, device=offsets.device) * columns.shape[1]
+    return BlockTables(
+        blocks,
+        (pointers, columns.flatten()),
+        entries,
+        _read_by_class(shape.in_features, stride, offsets.device),
+        _write_by_class(shape.out_features, stride, offsets.device),
     )
 
 
-def diagonal_values(structure: Diagonal, blocks: torch.Tensor, topology: Topology, shape: Shape) -> torch.Tensor:
-    """The values `[diagonals, length]` that `block_form` turns into `blocks` `[blocks, columns, rows]`."""
-    _, index = _blocks(structure, topology[0], shape)
-    values = blocks.new_empty(blocks.numel()).scatter(0, index.flatten(), blocks.flatten())
-    return values.reshape(topology[0].numel(), -1)
+@torch.library.custom_op("padst::diagonal_blocks", mutates_args=())
+def diagonal_blocks(offsets: torch.Tensor, out_features: int, in_features: int, structure: str) -> list[torch.Tensor]:
+    """`block_tables` for graphs: row pointers, columns, entries, input permutation and output permutation."""
+    parsed = parse(structure)
+    assert isinstance(parsed, Diagonal)
+    tables = block_tables(parsed, offsets, Shape(out_features, in_features))
+    return [*tables.topology, tables.entries, tables.input_permutation, tables.output_permutation]
 
 
-def _read_by_class(features: int, stride: int, like: torch.Tensor) -> torch.Tensor:
+@diagonal_blocks.register_fake
+def _diagonal_blocks_fake(offsets: torch.Tensor, out_features: int, in_features: int, structure: str) -> list[torch.Tensor]:
+    parsed, shape = parse(structure), Shape(out_features, in_features)
+    assert isinstance(parsed, Diagonal)
+    stride = parsed.classes(shape)
+    kept = offsets.shape[0] // (max(out_features, in_features) // stride)
+    sizes = (stride + 1, stride * kept, offsets.shape[0] * min(out_features, in_features), in_features, out_features)
+    return [offsets.new_empty(size, dtype=INDEX_DTYPE) for size in sizes]
+
+
+def _read_by_class(features: int, stride: int, device: torch.device) -> torch.Tensor:
     """Entry `c * (features / stride) + v` is `c + stride * v`."""
-    return torch.arange(features, dtype=INDEX_DTYPE, device=like.device).reshape(-1, stride).T.flatten()
+    return torch.arange(features, dtype=INDEX_DTYPE, device=device).reshape(-1, stride).T.flatten()
 
 
-def _write_by_class(features: int, stride: int, like: torch.Tensor) -> torch.Tensor:
+def _write_by_class(features: int, stride: int, device: torch.device) -> torch.Tensor:
     """Entry `a + stride * u` is `a * (features / stride) + u`: the inverse of `_read_by_class`."""
-    return torch.arange(features, dtype=INDEX_DTYPE, device=like.device).reshape(stride, -1).T.flatten()
+    return torch.arange(features, dtype=INDEX_DTYPE, device=device).reshape(stride, -1).T.flatten()
 
 
-def _blocks(structure: Diagonal, offsets: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of every block `[stride, classes kept]`, and which value each entry is `[blocks, columns, rows]`; int64.
+def _entries(structure: Diagonal, offsets: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of every block `[stride, classes kept]`, and which value each entry of each block is `[values]`; int32.
 
     Call the side with fewer features the short one: a value lies at the position of its short index, on the diagonal
     `long - short`. For residues `l` and `s` and steps `p` and `q` along the two sides that is
@@ -104,14 +117,16 @@ def _blocks(structure: Diagonal, offsets: torch.Tensor, shape: Shape) -> tuple[t
     wide = shape.in_features >= shape.out_features
     stride = structure.classes(shape)
     length, turns = min(shape.out_features, shape.in_features), max(shape.out_features, shape.in_features) // stride
-    kept = offsets.long()[: offsets.numel() // turns]  # offsets ascend, so the residues themselves come first
-    rows = torch.arange(stride, device=offsets.device)[:, None]
+    kept = offsets[: offsets.numel() // turns]  # offsets ascend, so the residues themselves come first
+    rows = torch.arange(stride, dtype=INDEX_DTYPE, device=offsets.device)[:, None]
     columns = ((rows + kept if wide else rows - kept) % stride).sort(dim=1).values
     long, short = (columns, rows) if wide else (rows, columns)
-    rank = torch.searchsorted(kept, (long - short) % stride)
+    rank = torch.searchsorted(kept, (long - short) % stride, out_int32=True)
     first = rank * length + short
 
-    p, q = torch.arange(turns, device=offsets.device)[:, None], torch.arange(structure.group, device=offsets.device)
+    p = torch.arange(turns, dtype=INDEX_DTYPE, device=offsets.device)[:, None]
+    q = torch.arange(structure.group, dtype=INDEX_DTYPE, device=offsets.device)
     borrowed = torch.stack([((p - q - borrow) % turns) * kept.numel() * length + stride * q for borrow in (0, 1)])
-    steps = borrowed if wide else borrowed.transpose(1, 2)
-    return columns, (steps[(long < short).long()] + first[..., None, None]).flatten(0, 1)
+    steps = (borrowed if wide else borrowed.transpose(1, 2)).flatten(1)
+    entries = steps.index_select(0, (long < short).flatten().int()) + first.flatten()[:, None]
+    return columns, entries.flatten()
