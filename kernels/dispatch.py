@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 
 from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
+from padst_compile.kernels.diagonal.blocks import block_size, block_tables
 from padst_compile.kernels.formats import format_of, register_format
 from padst_compile.kernels.native.tiles import token_tile
 from padst_compile.kernels.triton_product import TritonProduct
-from padst_compile.structures import NM, Block, Structure, Topology
+from padst_compile.permutation import compose, inverse
+from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology
 
 SparseKernel: TypeAlias = Literal["native", "triton", "aten"]
 
@@ -25,6 +27,9 @@ _TRITON_PRODUCTS = {
     "nm": "padst_compile.kernels.nm.triton_op",
     "diagonal": "padst_compile.kernels.diagonal.triton_op",
 }
+
+_SMALLEST_BLOCK = 16  # side of the blocks from which on their kernels are faster than those for diagonals
+_LEAST_TOKENS = 512  # with which reordering the weights takes less than it saves
 
 
 def kernel_for(structure: Structure, device: torch.device, dtype: torch.dtype) -> SparseKernel:
@@ -76,6 +81,18 @@ def tile_arguments(structure: Structure, kernel: SparseKernel, tokens: int) -> d
     return {"token_tile": tokens} if tokens and kernel == "native" and isinstance(structure, Block) else {}
 
 
+def folds_into_blocks(structure: Structure, shape: Shape, device: torch.device, dtype: torch.dtype) -> TypeGuard[Diagonal]:
+    """Whether a layer's diagonals are blocks, large enough for a kernel that multiplies blocks."""
+    if not isinstance(structure, Diagonal) or structure.group < _SMALLEST_BLOCK:
+        return False
+    return kernel_for(block_size(structure, shape), device, dtype) != "aten"
+
+
+def _fold_now(structure: Structure, shape: Shape, x: torch.Tensor) -> TypeGuard[Diagonal]:
+    """Whether to fold for one call, which reorders the weights each time; in inference a pass does that once for all."""
+    return x.numel() // x.shape[-1] >= _LEAST_TOKENS and folds_into_blocks(structure, shape, x.device, x.dtype)
+
+
 def forward(
     structure: Structure,
     x: torch.Tensor,
@@ -87,6 +104,12 @@ def forward(
     out_features: int,
 ) -> torch.Tensor:
     """`padst::structured_linear`, see there."""
+    if _fold_now(structure, Shape(out_features, x.shape[-1]), x):
+        tables = block_tables(structure, topology, Shape(out_features, x.shape[-1]))
+        into, out = tables.input_permutation, tables.output_permutation
+        into = into if input_permutation is None else compose(input_permutation, into)
+        out = out if output_permutation is None else compose(out, output_permutation)
+        return forward(tables.structure, x, tables.blocks(values), tables.topology, bias, into, out, out_features)
     kernel = kernel_for(structure, x.device, x.dtype)
     if kernel != "aten":
         around = bias, input_permutation, output_permutation, out_features
@@ -107,6 +130,13 @@ def input_gradient(
     structure: Structure, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int
 ) -> torch.Tensor:
     """`grad @ S` for `grad` [tokens, out]."""
+    if _fold_now(structure, shape := Shape(grad.shape[1], in_features), grad):
+        tables = block_tables(structure, topology, shape)
+        transposed, blocks, index = block_aten.transpose(
+            tables.structure, tables.blocks(values), tables.topology, shape.out_features, in_features
+        )
+        around = inverse(tables.output_permutation), inverse(tables.input_permutation)
+        return forward(transposed, grad, blocks, index, None, *around, in_features)
     product = triton_product(structure, grad.device, grad.dtype)
     if product is not None:
         return product.input_gradient(structure, grad, values, topology, in_features)
@@ -121,6 +151,11 @@ def value_gradient(
     structure: Structure, grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
     """The active entries of `grad.T @ x` for `grad` [tokens, out] and `x` [tokens, in]."""
+    if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x):
+        tables = block_tables(structure, topology, shape)
+        grad, x = grad.index_select(1, inverse(tables.output_permutation)), x.index_select(1, tables.input_permutation)
+        gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology)
+        return tables.diagonals(gradient).reshape(values.shape)
     product = triton_product(structure, grad.device, grad.dtype)
     if product is not None:
         return product.value_gradient(structure, grad, x, values, topology)

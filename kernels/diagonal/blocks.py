@@ -48,29 +48,25 @@ class BlockTables:
         return blocks.new_empty(blocks.numel()).scatter(0, self.entries.long(), blocks.flatten())
 
 
-def block_size(structure: Diagonal, shape: Shape) -> Block | None:
-    """The blocks that the diagonals of a layer fold into, or None for free diagonals."""
-    if structure.group == 1:
-        return None
+def block_size(structure: Diagonal, shape: Shape) -> Block:
+    """The blocks that the diagonals of a layer fold into, if they were chosen in classes (`group > 1`)."""
     stride = structure.classes(shape)
     return Block((shape.out_features // stride, shape.in_features // stride))
 
 
-def block_tables(structure: Diagonal, offsets: torch.Tensor, shape: Shape) -> BlockTables:
+def block_tables(structure: Diagonal, topology: Topology, shape: Shape) -> BlockTables:
     """The tables of diagonals in residue classes; nothing waits for the device that the offsets are on.
 
     Args:
         structure: with `group > 1`.
-        offsets: int32 `[diagonals]`, whole classes as `Diagonal.check_topology` demands.
+        topology: the offsets, int32 `[diagonals]`, whole classes as `Diagonal.check_topology` demands.
         shape: of the layer; `Diagonal.check` accepted it.
     """
-    blocks = block_size(structure, shape)
-    assert blocks is not None
-    stride = structure.classes(shape)
+    stride, (offsets,) = structure.classes(shape), topology
     columns, entries = _entries(structure, offsets, shape)
     pointers = torch.arange(stride + 1, dtype=INDEX_DTYPE, device=offsets.device) * columns.shape[1]
     return BlockTables(
-        blocks,
+        block_size(structure, shape),
         (pointers, columns.flatten()),
         entries,
         _read_by_class(shape.in_features, stride, offsets.device),
@@ -83,7 +79,7 @@ def diagonal_blocks(offsets: torch.Tensor, out_features: int, in_features: int, 
     """`block_tables` for graphs: row pointers, columns, entries, input permutation and output permutation."""
     parsed = parse(structure)
     assert isinstance(parsed, Diagonal)
-    tables = block_tables(parsed, offsets, Shape(out_features, in_features))
+    tables = block_tables(parsed, (offsets,), Shape(out_features, in_features))
     return [*tables.topology, tables.entries, tables.input_permutation, tables.output_permutation]
 
 

@@ -72,12 +72,11 @@ class TritonLayer:
 
     def with_extras(self, *, bias: bool = False, into: bool = False, out: bool = False) -> TritonLayer:
         """The same layer with a random bias and random permutations."""
-        like = {"device": self.values.device, "dtype": self.values.dtype}
         into_table = torch.randperm(self.shape.in_features, device=self.values.device).int()
         out_table = torch.randperm(self.shape.out_features, device=self.values.device).int()
         return dataclasses.replace(
             self,
-            bias=torch.randn(self.shape.out_features, **like) if bias else None,
+            bias=self.random_output() if bias else None,
             input_permutation=into_table if into else None,
             output_permutation=out_table if out else None,
         )
