@@ -29,6 +29,7 @@ _TRITON_PRODUCTS = {
 }
 
 _SMALLEST_BLOCK = 16  # side of the blocks from which on their kernels are faster than those for diagonals
+_LEAST_ATEN_BLOCK = 64  # the same for gradients of values, which ATen computes on the CPU
 _LEAST_TOKENS = 512  # with which reordering the weights takes less than it saves
 
 
@@ -93,6 +94,11 @@ def _fold_now(structure: Structure, shape: Shape, x: torch.Tensor) -> TypeGuard[
     return x.numel() // x.shape[-1] >= _LEAST_TOKENS and folds_into_blocks(structure, shape, x.device, x.dtype)
 
 
+def _sums_blocks_fast(structure: Diagonal, shape: Shape, x: torch.Tensor) -> bool:
+    """Whether the gradient of a layer's blocks takes less than that of its dense weight; ATen is slow with small blocks."""
+    return structure.group >= _LEAST_ATEN_BLOCK or triton_product(block_size(structure, shape), x.device, x.dtype) is not None
+
+
 def forward(
     structure: Structure,
     x: torch.Tensor,
@@ -151,7 +157,7 @@ def value_gradient(
     structure: Structure, grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
     """The active entries of `grad.T @ x` for `grad` [tokens, out] and `x` [tokens, in]."""
-    if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x):
+    if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x) and _sums_blocks_fast(structure, shape, x):
         tables = block_tables(structure, topology, shape)
         grad, x = grad.index_select(1, inverse(tables.output_permutation)), x.index_select(1, tables.input_permutation)
         gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology)
