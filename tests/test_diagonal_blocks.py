@@ -115,8 +115,11 @@ def test_the_operator_for_graphs(structure: Diagonal, shape: Shape) -> None:
 needs_native = pytest.mark.skipif(not native.load(), reason=f"no native kernels: {native.unavailable_reason()}")
 # The second group is large enough for ATen's gradient of the values, too.
 LAYERS = [
-    (Diagonal(16), Shape(64, 64)), (Diagonal(16), Shape(32, 96)), (Diagonal(16), Shape(96, 32)), (Diagonal(64), Shape(128, 192)),
-]  # fmt: skip
+    (Diagonal(16), Shape(64, 64)),
+    (Diagonal(16), Shape(32, 96)),
+    (Diagonal(16), Shape(96, 32)),
+    (Diagonal(64), Shape(128, 192)),
+]
 
 
 @needs_native

@@ -247,6 +247,25 @@ def test_training_goes_through_the_kernels(shape: Shape, dtype: torch.dtype, tri
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=allowed)
 
 
+@each_dtype
+@pytest.mark.parametrize("shape", [Shape(32, 64), Shape(64, 32)], ids=["wide", "tall"])
+def test_whole_classes_run_on_the_block_kernels(shape: Shape, dtype: torch.dtype, triton_device: torch.device) -> None:
+    """Whole numbers, few of which are added up: exact in every dtype."""
+    structure = Diagonal(16)
+    assert dispatch.folds_into_blocks(structure, shape, triton_device, dtype)
+    topology = structure.choose(torch.rand(shape.out_features, shape.in_features, device=triton_device), 0.5)
+    weight = torch.randint(-1, 2, (shape.out_features, shape.in_features), device=triton_device)
+    x = torch.randint(-1, 2, (520, shape.in_features), device=triton_device)
+    direction = torch.randint(0, 2, (520, shape.out_features), device=triton_device) * (torch.rand(520, 1).to(x.device) < 0.1)
+    results = []
+    for kind in (dtype, torch.float64):
+        inputs, values = x.to(kind).requires_grad_(), structure.pack(weight.to(kind), topology).requires_grad_()
+        y = structured_linear(inputs, values, list(topology), None, None, None, shape.out_features, structure.to_string())
+        results.append([y, *torch.autograd.grad(y, (inputs, values), direction.to(kind))])
+    for found, exact in zip(*results, strict=True):
+        assert torch.equal(found.double(), exact)
+
+
 # ---- the op
 
 
