@@ -9,10 +9,10 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench mutants clean
+.PHONY: help venv demo test test-oldest lint format bench kernels-offline mutants clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
 
 venv: $(VENV)/.installed-base ## the package alone, editable, in .venv
 
@@ -39,6 +39,9 @@ bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/models.py
 	$(PY) benchmarks/permute_costs.py
 	$(PY) benchmarks/pass_time.py
+
+kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs that are not there (ARGS='--target sm_90 --record')
+	TRITON_CACHE_DIR=$(CURDIR)/.cache/triton $(PY) -m padst_compile.kernels.offline --golden tests/golden/offline.json $(ARGS)
 
 mutants: $(VENV)/.installed-test ## mutation testing of the passes (MODULES='permutation.py ...' for some); writes a score
 	@$(INSTALL) 'mutmut>=3.8,<4'

@@ -20,7 +20,6 @@ _STAGES = (3, 4, 5)
 _GROUPS = (8, 1)
 _FEW_TOKENS = 256
 _ALIGNED = 16  # elements: what Triton asks of sizes and strides before it copies 16 bytes at once
-_MOST_SUMS = 64  # per thread: twice as many leave no registers for GELU
 _MOST_POINTERS = 32  # of inputs, per thread, two registers each
 
 
@@ -57,7 +56,7 @@ def _fits(problem: Problem, tile: Tile) -> bool:
     if element_by_element(problem) and tile.tokens * tile.depth > _MOST_POINTERS * threads:
         return False
     sums = tile.depth * tile.outputs if gradient else tile.tokens * tile.outputs
-    return sums <= _MOST_SUMS * threads
+    return sums <= _most_sums(problem) * threads
 
 
 def element_by_element(problem: Problem) -> bool:
@@ -78,14 +77,15 @@ def _linear(problem: Problem) -> Iterator[Tile]:
     variants = ("pointer", "descriptor") if _may_describe(problem, block) else ("pointer",)
     for variant, group, stages, tokens, width in itertools.product(variants, groups, _STAGES, _token_sides(problem), widths):
         if width >= _SMALLEST:
-            yield Tile(tokens, width, depth, group, _warps(tokens * width), stages, variant)
+            yield Tile(tokens, width, depth, group, _warps(problem, tokens * width), stages, variant)
 
 
 def _value_gradient(problem: Problem) -> Iterator[Tile]:
     block, step = _block(problem), _depth(problem)
     outputs, depth = _side(block.rows, _WIDEST_OUTPUTS), _side(block.columns, _WIDEST_OUTPUTS)
-    for stages, tokens in itertools.product(_STAGES, (step, 2 * step)):
-        yield Tile(max(_SMALLEST, min(tokens, problem.tokens)), outputs, depth, 1, _warps(depth * outputs), stages)
+    steps = (step, step // 2) if _exact(problem) else (step, 2 * step)
+    for stages, tokens in itertools.product(_STAGES, steps):
+        yield Tile(max(_SMALLEST, min(tokens, problem.tokens)), outputs, depth, 1, _warps(problem, depth * outputs), stages)
 
 
 def _smallest(problem: Problem) -> Tile:
@@ -104,8 +104,13 @@ def _exact(problem: Problem) -> bool:
     return problem.dtype == "float32" and problem.precision == "ieee"
 
 
-def _warps(sums: int) -> int:
-    return 4 if sums <= _MOST_SUMS * 128 else 8
+def _warps(problem: Problem, sums: int) -> int:
+    return 4 if sums <= _most_sums(problem) * 128 else 8
+
+
+def _most_sums(problem: Problem) -> int:
+    """Sums per thread: twice as many leave no registers for GELU, or for operands that are split into parts."""
+    return 32 if problem.precision == "tf32x3" else 64
 
 
 def _depth(problem: Problem) -> int:

@@ -375,6 +375,7 @@ def block_linear(
 
 def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extras, problem: Problem, tile: Tile) -> Launch:
     """The launch of `block_linear_kernel` that writes `y`; falls back to pointers where descriptors do not fit."""
+    extras = extras.laid_out_like(y)
     rows, columns = blocks.structure.rows, blocks.structure.columns
     (tokens, in_features), out_features = x.shape, y.shape[1]
     row_count = -(-out_features // rows)
@@ -387,8 +388,8 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
         "columns": blocks.columns,
         "order": blocks.order,
         "bias": extras.bias,
-        "gate": _laid_out_like(y, extras.gate),
-        "residual": _laid_out_like(y, extras.residual),
+        "gate": extras.gate,
+        "residual": extras.residual,
         "input_table": extras.input_permutation,
         "output_table": extras.inverse_output_permutation(),
         "y": y,
@@ -486,13 +487,6 @@ def value_gradient_launch(
 
 def _tiles_per_block(structure: Block, tile: Tile) -> int:
     return triton.cdiv(structure.columns, tile.depth) * triton.cdiv(structure.rows, tile.outputs)
-
-
-def _laid_out_like(y: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor | None:
-    """`other` with the strides of `y`, copied where it has others."""
-    if other is None or other.stride() == y.stride():
-        return other
-    return torch.empty_strided(y.shape, y.stride(), dtype=other.dtype, device=other.device).copy_(other)
 
 
 def _describable(x: torch.Tensor, blocks: Blocks, extras: Extras) -> bool:

@@ -1,0 +1,64 @@
+"""The Triton kernels compiled for GPUs that are not there: the default tile of every problem, and the check itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from padst_compile.kernels import triton_support
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "offline.json"
+
+pytestmark = pytest.mark.skipif(not triton_support.installed(), reason="there is no Triton on this system")
+
+
+def offline(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the check in a process whose Triton compiles, unlike the interpreter of these tests."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "padst_compile.kernels.offline", "--workers", "1", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_default_tiles_compile_as_recorded(target: str, tmp_path: Path) -> None:
+    result = offline(tmp_path, "--first", "--target", target, "--golden", str(GOLDEN))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+FAULTY = """
+import dataclasses, sys
+from padst_compile.kernels import offline
+
+case = next(iter(offline.all_cases("sm_80")))
+found = offline.examine(dataclasses.replace(case, product="wgmma"), "sm_80")
+print(found.faults)
+arguments = {**case.launch.arguments, "TOKENS": 256, "OUTPUTS": 128, "DEPTH": 128, "ROWS": 128, "COLUMNS": 128}
+launch = dataclasses.replace(case.launch, arguments=arguments)
+print(offline.examine(dataclasses.replace(case, launch=launch, product=None), "sm_80").faults)
+launch = dataclasses.replace(case.launch, arguments={**case.launch.arguments, "ACTIVATION": "tanh"})
+print(offline.examine(dataclasses.replace(case, launch=launch), "sm_80").faults)
+good = offline.examine(case, "sm_80")
+print(good.faults)
+name, record = good.case.name, good.record
+print(len(offline.differences([good], {name: record}, True)), len(offline.differences([good], {}, True)))
+print(len(offline.differences([good], {name: {**record, "registers": 1}, "gone": record}, True)))
+print(len(offline.differences([good], {name: record, "gone": record}, False)))
+"""
+
+
+def test_faults_are_noticed(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    instruction, sizes, broken, good, same, changed, subset = result.stdout.splitlines()
+    assert "no wgmma, but mma" in instruction
+    assert "registers spill" in sizes and "shared memory" in sizes
+    assert "does not compile" in broken
+    assert (good, same, changed, subset) == ("()", "0 1", "2", "0")
