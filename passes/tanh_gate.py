@@ -60,14 +60,14 @@ def _rewrite_gelu(node: fx.Node) -> None:
     assert result is not None
     narrow = result.dtype.itemsize < torch.float32.itemsize
     with graph.inserting_before(node):
-        x = graph.call_method("float", (node.args[0],)) if narrow else node.args[0]
+        x = _cast(graph, node.args[0], torch.float32) if narrow else node.args[0]
         square = graph.call_function(operator.mul, (x, x))
         cube = graph.call_function(operator.mul, (graph.call_function(operator.mul, (square, x)), 0.044715))
         exponent = graph.call_function(operator.mul, (graph.call_function(operator.add, (x, cube)), _SCALE))
         doubled = graph.call_function(operator.mul, (exponent, 2.0))
         product = graph.call_function(operator.mul, (x, graph.call_function(torch.sigmoid, (doubled,))))
         if narrow:
-            product = graph.call_method("to", (product, result.dtype))
+            product = _cast(graph, product, result.dtype)
     product.meta = dict(node.meta)
     node.replace_all_uses_with(product)
     graph.erase_node(node)
@@ -85,6 +85,11 @@ def _why_not_product(node: fx.Node, dtype: torch.dtype) -> str | None:
     first = min(links)
     obstacle = obstacle_between(first, node)
     return None if obstacle is None else f"{obstacle} between {first.name} and {node.name}"
+
+
+def _cast(graph: fx.Graph, x: Any, dtype: torch.dtype) -> fx.Node:
+    """`x.to(dtype)` as an operator: PyTorch's compiler caches refuse methods of nodes that capture did not see."""
+    return graph.call_function(torch.ops.aten.to.dtype, (x, dtype))
 
 
 def _rewrite_product(node: fx.Node) -> None:

@@ -60,12 +60,13 @@ class UnfoldPatches(RewriteRule):
         down, across = image.shape[2] // rows, image.shape[3] // columns
         graph = node.graph
         with graph.inserting_before(node):
-            grid = graph.call_method("reshape", (arguments["input"], -1, channels, down, rows, across, columns))
-            patches = graph.call_method("permute", (grid, 0, 2, 4, 1, 3, 5))
-            flat = graph.call_method("reshape", (patches, -1, down, across, channels * rows * columns))
-            kernel = graph.call_method("flatten", (arguments["weight"], 1))
+            # Functions, not methods: PyTorch's compiler caches refuse methods of nodes that capture did not see.
+            grid = graph.call_function(torch.reshape, (arguments["input"], (-1, channels, down, rows, across, columns)))
+            patches = graph.call_function(torch.permute, (grid, (0, 2, 4, 1, 3, 5)))
+            flat = graph.call_function(torch.reshape, (patches, (-1, down, across, channels * rows * columns)))
+            kernel = graph.call_function(torch.flatten, (arguments["weight"], 1))
             product = graph.call_function(F.linear, (flat, kernel, arguments["bias"]))
-            result = graph.call_method("permute", (product, 0, 3, 1, 2))
+            result = graph.call_function(torch.permute, (product, (0, 3, 1, 2)))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import os
 import pathlib
 import platform
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -127,13 +129,15 @@ class Layer:
             output_permutation=torch.randperm(self.shape.out_features).int() if permute_out else None,
         )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
         """The native result."""
         op = getattr(torch.ops.padst_native, f"{self.structure.kind}_linear")
         sizes = (self.structure.n, self.structure.m) if isinstance(self.structure, NM) else ()
         extras = (self.bias, self.input_permutation, self.output_permutation)
         epilogue = (self.activation, self.residual)
-        result: torch.Tensor = op(x, self.values, *self.topology, *extras, self.shape.out_features, *sizes, *epilogue)
+        result: torch.Tensor = op(
+            x, self.values, *self.topology, *extras, self.shape.out_features, *sizes, *epilogue, **options
+        )
         return result
 
     def check(self, x: torch.Tensor) -> None:
@@ -306,23 +310,98 @@ class TestActivations:
         assert not bool(((y != 0) & (y.abs() < torch.finfo(torch.float32).smallest_normal)).any())
 
 
+def to_panels(x: torch.Tensor) -> torch.Tensor:
+    """Tokens [..., features] as feature-major panels, with NaN for tokens that the last one lacks."""
+    rows, width = x.reshape(-1, x.shape[-1]), torch.ops.padst_native.panel_tokens()
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % width), value=float("nan"))
+    return padded.reshape(-1, width, x.shape[-1]).transpose(1, 2).contiguous()
+
+
+def from_panels(panels: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """The reverse, for tokens of these sizes."""
+    rows = panels.transpose(1, 2).reshape(-1, panels.shape[1])[: math.prod(sizes)]
+    return rows.reshape(*sizes, panels.shape[1])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", [NM(1, 10), NM(2, 4, vector=6), Diagonal()], ids=lambda s: s.to_string())
+@pytest.mark.parametrize("threads", [1, 3])
+class TestPanels:
+    @pytest.mark.usefixtures("poisoned_memory")
+    def test_panels_hold_what_tokens_would(self, structure: Structure, dtype: torch.dtype, threads: int) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for shape in (Shape(70, 54), Shape(54, 70)):
+                layer = Layer.random(structure, shape, dtype).with_extras(True, True, True)
+                layer = dataclasses.replace(layer, activation="gelu")
+                for sizes in ((), (0,), (1,), (2, 9), (64,), (3, 50), (200,)):
+                    self.compare(layer, torch.randn(*sizes, shape.in_features).to(dtype))
+        finally:
+            torch.set_num_threads(before)
+
+    def compare(self, layer: Layer, x: torch.Tensor) -> None:
+        sizes, expected = x.shape[:-1], layer(x)
+        assert torch.equal(layer(to_panels(x), panels_of=sizes), expected)
+        assert torch.equal(from_panels(layer(x, to_panels=True), sizes), expected)
+        assert torch.equal(from_panels(layer(to_panels(x), panels_of=sizes, to_panels=True), sizes), expected)
+        added = dataclasses.replace(layer, residual=torch.randn(expected.shape).to(expected.dtype))
+        assert torch.equal(added(to_panels(x), panels_of=sizes), added(x))
+
+
+@needs_native
+class TestPanelArguments:
+    layer = Layer.random(NM(1, 4), Shape(8, 8), torch.float32)
+
+    @pytest.mark.parametrize(
+        ("x", "sizes", "message"),
+        [
+            (torch.randn(4, 8), [4], "x must be panels"),
+            (torch.randn(1, 8, 5), [4], "x must be panels"),
+            (torch.randn(1, 8, 1), [-1], "must not be negative|x must be panels"),
+            (torch.randn(2, 8, 1), [4], "2 panels for 4 tokens|x must be panels"),
+        ],
+    )
+    def test_wrong_panels_are_refused(self, x: torch.Tensor, sizes: list[int], message: str) -> None:
+        if x.shape[-1] == 1:  # the width is the machine's
+            x = x.expand(-1, -1, torch.ops.padst_native.panel_tokens())
+        with pytest.raises(RuntimeError, match=message):
+            self.layer(x, panels_of=sizes)
+
+    def test_a_residual_is_not_added_to_panels(self) -> None:
+        layer = dataclasses.replace(self.layer, residual=torch.randn(4, 8))
+        with pytest.raises(RuntimeError, match=r"residual must be|a residual is added to tokens"):
+            layer(torch.randn(4, 8), to_panels=True)
+
+    @pytest.mark.parametrize("structure", [NM(1, 10), Diagonal()], ids=lambda s: s.to_string())
+    def test_opcheck(self, structure: Structure) -> None:
+        layer = Layer.random(structure, Shape(48, 64), torch.float32)
+        op = getattr(torch.ops.padst_native, f"{structure.kind}_linear").default
+        sizes = (structure.n, structure.m) if isinstance(structure, NM) else ()
+        x = torch.randn(2, 5, 64)
+        for operand, panels_of in ((x, None), (to_panels(x), [2, 5])):
+            arguments = (operand, layer.values, *layer.topology, None, None, None, 48, *sizes, "relu", None, panels_of, True)
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("token_tile", [1, 5, 16, 1000])
 def test_the_token_tile_changes_no_result(dtype: torch.dtype, token_tile: int) -> None:
     layer = Layer.random(Block(16), Shape(70, 53), dtype).with_extras(True, True, True)
     for tokens in (1, 7, 33):
-        arguments = (layer.values, *layer.topology, layer.bias, layer.input_permutation, layer.output_permutation, 70)
         x = torch.randn(tokens, 53).to(dtype)
-        tiled = torch.ops.padst_native.block_linear(x, *arguments, token_tile=token_tile)
-        torch.testing.assert_close(tiled, layer(x), rtol=0, atol=0)
+        assert torch.equal(layer(x, token_tile=token_tile), layer(x))
 
 
 @needs_native
 def test_a_negative_token_tile_is_refused() -> None:
     layer = Layer.random(Block(8), Shape(16, 16), torch.float32)
     with pytest.raises(RuntimeError, match="token_tile must not be negative"):
-        torch.ops.padst_native.block_linear(torch.randn(2, 16), layer.values, *layer.topology, None, None, None, 16, token_tile=-1)
+        torch.ops.padst_native.block_linear(
+            torch.randn(2, 16), layer.values, *layer.topology, None, None, None, 16, token_tile=-1
+        )
 
 
 @needs_native

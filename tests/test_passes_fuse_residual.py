@@ -204,7 +204,10 @@ def test_the_kernels_of_a_sparse_mlp_do_all_but_the_norm() -> None:
         compiled = torch.compile(model, backend=backend, options={"kernels": "sparse", "verify": True})
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
     fused = {layer.name: layer.fused for layer in explanation.layers}
-    assert fused == {"up": ("bias", "input_permutation", "activation"), "down": ("bias", "input_permutation", "residual")}
+    assert fused == {
+        "up": ("bias", "input_permutation", "activation", "feature-major output"),
+        "down": ("bias", "input_permutation", "residual", "feature-major input"),
+    }
 
 
 def test_nothing_is_fused_that_needs_a_gradient() -> None:

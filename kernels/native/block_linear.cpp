@@ -338,7 +338,7 @@ at::Tensor block_linear(
   const BlockMatrix s = describe(x.size(-1), values, row_pointers, columns, out_features);
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, out_features, "output_permutation");
-  const EpilogueOperands epilogue(x, out_features, bias, activation, residual);
+  const EpilogueOperands epilogue(x, output_sizes(x, out_features), out_features, bias, activation, residual);
 
   at::Tensor y = at::empty(output_sizes(x, out_features), x.options());
   if (y.numel() == 0) {

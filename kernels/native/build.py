@@ -27,6 +27,8 @@ import filelock
 import platformdirs
 import torch
 
+from padst_compile.kernels.native import fakes
+
 _FOLDER = pathlib.Path(__file__).parent
 _NAME = "padst_native"
 _LIBRARY = f"{_NAME}.so"
@@ -63,7 +65,7 @@ def load() -> bool:
         if _loaded is None:
             try:
                 _load_library()
-                _register_fakes()
+                fakes.register(_NAME)
                 _loaded = True
             except _BuildError as error:
                 _loaded, _reason = False, str(error)
@@ -265,67 +267,3 @@ def _summary(failure: Exception | None) -> str:
     """The first error of a compiler's output, or the first line of any other message."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line), lines[0] if lines else repr(failure))
-
-
-def _register_fakes() -> None:
-    """Shapes and dtypes of the results, for tracing; the structure's tensors do not matter to them."""
-    torch.library.register_fake(f"{_NAME}::interleave_blocks", _fake_interleave_blocks)
-    torch.library.register_fake(f"{_NAME}::block_linear", _fake_block_linear)
-    torch.library.register_fake(f"{_NAME}::nm_linear", _fake_nm_linear)
-    torch.library.register_fake(f"{_NAME}::diagonal_linear", _fake_diagonal_linear)
-
-
-def _fake_output(x: torch.Tensor, out_features: int) -> torch.Tensor:
-    return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-
-
-def _fake_interleave_blocks(
-    values: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, in_features: int, out_features: int
-) -> torch.Tensor:
-    return values.new_empty((values.shape[0], values.shape[1] // 2, values.shape[2], 2))
-
-
-def _fake_block_linear(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    row_pointers: torch.Tensor,
-    columns: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_permutation: torch.Tensor | None,
-    output_permutation: torch.Tensor | None,
-    out_features: int,
-    activation: str = "none",
-    residual: torch.Tensor | None = None,
-    token_tile: int = 0,
-) -> torch.Tensor:
-    return _fake_output(x, out_features)
-
-
-def _fake_nm_linear(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    offsets: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_permutation: torch.Tensor | None,
-    output_permutation: torch.Tensor | None,
-    out_features: int,
-    n: int,
-    m: int,
-    activation: str = "none",
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return _fake_output(x, out_features)
-
-
-def _fake_diagonal_linear(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    offsets: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_permutation: torch.Tensor | None,
-    output_permutation: torch.Tensor | None,
-    out_features: int,
-    activation: str = "none",
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return _fake_output(x, out_features)

@@ -26,17 +26,21 @@ struct Epilogue {
 // Checks what an operator was given for its epilogue, and holds it.
 class EpilogueOperands {
  public:
+  // x: the activations, for their dtype; sizes: of the result, [..., out_features].
   EpilogueOperands(
-      const at::Tensor& x, int64_t out_features, const OptionalTensor& bias, std::string_view activation,
-      const OptionalTensor& residual)
+      const at::Tensor& x, const std::vector<int64_t>& sizes, int64_t out_features, const OptionalTensor& bias,
+      std::string_view activation, const OptionalTensor& residual)
       : bias_(float_bias(bias, out_features)), activation_(parse_activation(activation)) {
     if (residual.has_value()) {
       TORCH_CHECK(residual->device().is_cpu(), "residual must be on the CPU, got ", residual->device());
       TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), " but residual is ", residual->scalar_type());
-      const std::vector<int64_t> sizes = output_sizes(x, out_features);
       TORCH_CHECK(residual->sizes() == sizes, "residual must be ", sizes, ", got ", residual->sizes());
       residual_ = residual->contiguous();
     }
+  }
+
+  bool has_residual() const {
+    return residual_.defined();
   }
 
   template <typename T>

@@ -31,16 +31,22 @@ at::Tensor block_linear(
     const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
     const std::optional<at::Tensor>& residual, int64_t token_tile);
 
+// Tokens in a panel. The two kernels below can leave their activations to each other in feature-major panels, see panels.h:
+// panels_of says that x is such, of tokens with these sizes; to_panels asks for such a result.
+int64_t panel_tokens();
+
 // S with n of every m inputs: offsets uint8 [row groups, slots], values [row groups, slots, vector].
 at::Tensor nm_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
-    int64_t out_features, int64_t n, int64_t m, std::string_view activation, const std::optional<at::Tensor>& residual);
+    int64_t out_features, int64_t n, int64_t m, std::string_view activation, const std::optional<at::Tensor>& residual,
+    at::OptionalIntArrayRef panels_of, bool to_panels);
 
 // S as wrapped diagonals: offsets [diagonals] ascending, values [diagonals, min(in, out)].
 at::Tensor diagonal_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
-    int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual);
+    int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual,
+    at::OptionalIntArrayRef panels_of, bool to_panels);
 
 }  // namespace padst

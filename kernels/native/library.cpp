@@ -7,6 +7,7 @@
 TORCH_LIBRARY(padst_native, m) {
   m.def("block_linear_supports(ScalarType dtype) -> bool", &padst::block_linear_supports);
   m.def("block_linear_interleaves(ScalarType dtype) -> bool", &padst::block_linear_interleaves);
+  m.def("panel_tokens() -> int", &padst::panel_tokens);
   m.def("nm_linear_supports(ScalarType dtype) -> bool", &padst::row_gather_supports);
   m.def("diagonal_linear_supports(ScalarType dtype) -> bool", &padst::row_gather_supports);
 
@@ -21,11 +22,13 @@ TORCH_LIBRARY(padst_native, m) {
       tags);
   m.def(
       "nm_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
-      "Tensor? output_permutation, int out_features, int n, int m, str activation=\"none\", Tensor? residual=None) -> Tensor",
+      "Tensor? output_permutation, int out_features, int n, int m, str activation=\"none\", Tensor? residual=None, "
+      "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
       tags);
   m.def(
       "diagonal_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
-      "Tensor? output_permutation, int out_features, str activation=\"none\", Tensor? residual=None) -> Tensor",
+      "Tensor? output_permutation, int out_features, str activation=\"none\", Tensor? residual=None, "
+      "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
       tags);
 }
 

@@ -230,44 +230,46 @@ class DiagonalMatrix {
 
 template <typename T, typename S>
 void run(
-    const S& s, const at::Tensor& x, const EpilogueOperands& epilogue, const OptionalTensor& input_permutation,
-    const OptionalTensor& output_permutation, at::Tensor& y) {
+    const S& s, const at::Tensor& x, const Layout& layout, const EpilogueOperands& epilogue,
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, at::Tensor& y) {
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, s.out_features, "output_permutation");
   std::vector<int32_t> target, inverse;
   if (in_table != nullptr) {
     target = inverse_permutation(in_table, s.in_features, "input_permutation");
   }
-  const int64_t tokens = x.numel() / s.in_features, threads = at::get_num_threads();
-  const int64_t parts = tokens > (threads - 1) * kWidest * kLanes ? 1 : threads;
-  if (out_table != nullptr && parts > 1) {
+  const int64_t tokens = layout.tokens(), threads = at::get_num_threads();
+  const int64_t parts = tokens > (threads - 1) * kPanel ? 1 : threads;
+  if (out_table != nullptr && (parts > 1 || layout.to_panels())) {
     inverse = inverse_permutation(out_table, s.out_features, "output_permutation");
   }
-  const PanelOutput<T> output{
-      y.mutable_data_ptr<T>(), s.out_features, epilogue.pointers<T>(), out_table, inverse.empty() ? nullptr : inverse.data()};
-  row_gather<T, S>(s, x.const_data_ptr<T>(), target.empty() ? nullptr : target.data(), tokens, output, parts);
+  const PanelInput<T> input{x.const_data_ptr<T>(), layout.from_panels(), target.empty() ? nullptr : target.data()};
+  const PanelOutput<T> output{y.mutable_data_ptr<T>(),  layout.to_panels(), s.out_features,
+                              epilogue.pointers<T>(), out_table,          inverse.empty() ? nullptr : inverse.data()};
+  row_gather<T, S>(s, input, tokens, output, parts);
 }
 
 template <typename S>
 at::Tensor dispatch(
-    const S& s, const at::Tensor& x, const EpilogueOperands& epilogue, const OptionalTensor& input_permutation,
-    const OptionalTensor& output_permutation) {
-  at::Tensor y = at::empty(output_sizes(x, s.out_features), x.options());
+    const S& s, const at::Tensor& x, const Layout& layout, const EpilogueOperands& epilogue,
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation) {
+  TORCH_CHECK(!layout.to_panels() || !epilogue.has_residual(), "a residual is added to tokens, not to panels");
+  at::Tensor y = at::empty(layout.output_sizes(s.out_features), x.options());
   if (y.numel() == 0) {
     return y;
   }
   const auto kernel = x.scalar_type() == at::kFloat ? run<float, S>
       : x.scalar_type() == at::kBFloat16            ? run<at::BFloat16, S>
                                                     : run<at::Half, S>;
-  kernel(s, x, epilogue, input_permutation, output_permutation, y);
+  kernel(s, x, layout, epilogue, input_permutation, output_permutation, y);
   return y;
 }
 
 void check_nm(
-    const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, int64_t out_features, int64_t n, int64_t m) {
+    int64_t in_features, const at::Tensor& values, const at::Tensor& offsets, int64_t out_features, int64_t n, int64_t m) {
   TORCH_CHECK(0 < n && n <= m && m <= 256, "N:M needs 0 < n <= m <= 256, got ", n, ":", m);
   TORCH_CHECK(values.dim() == 3 && values.size(2) > 0, "values must be [row groups, slots, vector], got ", values.sizes());
-  const int64_t row_groups = ceil_div(out_features, values.size(2)), groups = ceil_div(x.size(-1), m);
+  const int64_t row_groups = ceil_div(out_features, values.size(2)), groups = ceil_div(in_features, m);
   TORCH_CHECK(
       values.size(0) == row_groups && values.size(1) == groups * n, "values must be [", row_groups, ", ", groups * n,
       ", vector], got ", values.sizes());
@@ -298,27 +300,35 @@ bool row_gather_supports(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
 }
 
+int64_t panel_tokens() {
+  return kPanel;
+}
+
 at::Tensor nm_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets, const OptionalTensor& bias,
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
-    int64_t out_features, int64_t n, int64_t m, std::string_view activation, const OptionalTensor& residual) {
+    int64_t out_features, int64_t n, int64_t m, std::string_view activation, const OptionalTensor& residual,
+    at::OptionalIntArrayRef panels_of, bool to_panels) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
-  check_nm(x_in, values_in, offsets, out_features, n, m);
+  const Layout layout(x_in, panels_of, to_panels);
+  check_nm(layout.in_features(), values_in, offsets, out_features, n, m);
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
-  const NmMatrix s{x.size(-1), out_features, n, m, values.size(2), values.size(1), offsets.const_data_ptr<uint8_t>(),
+  const NmMatrix s{layout.in_features(), out_features, n, m, values.size(2), values.size(1), offsets.const_data_ptr<uint8_t>(),
                    values.const_data_ptr<float>()};
   check_offsets(s, values.size(0));
-  return dispatch(s, x, {x, out_features, bias, activation, residual}, input_permutation, output_permutation);
+  const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual);
+  return dispatch(s, x, layout, epilogue, input_permutation, output_permutation);
 }
 
 at::Tensor diagonal_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets_in, const OptionalTensor& bias,
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features,
-    std::string_view activation, const OptionalTensor& residual) {
+    std::string_view activation, const OptionalTensor& residual, at::OptionalIntArrayRef panels_of, bool to_panels) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "diagonal_linear has no native kernel for ", x_in.scalar_type());
-  const int64_t in_features = x_in.size(-1), length = std::min(in_features, out_features), diagonals = offsets_in.numel();
+  const Layout layout(x_in, panels_of, to_panels);
+  const int64_t in_features = layout.in_features(), length = std::min(in_features, out_features), diagonals = offsets_in.numel();
   TORCH_CHECK(
       values_in.dim() == 2 && values_in.size(0) == diagonals && values_in.size(1) == length, "values must be [", diagonals,
       ", ", length, "], got ", values_in.sizes());
@@ -328,7 +338,8 @@ at::Tensor diagonal_linear(
   TORCH_CHECK(ascend, "offsets must ascend without repetition");
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const DiagonalMatrix s(in_features, out_features, offsets, diagonals, values.const_data_ptr<float>());
-  return dispatch(s, x, {x, out_features, bias, activation, residual}, input_permutation, output_permutation);
+  const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual);
+  return dispatch(s, x, layout, epilogue, input_permutation, output_permutation);
 }
 
 }  // namespace padst

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "epilogue.h"
+#include "panels.h"
 #include "partition.h"
 #include "transpose.h"
 #include "vectors.h"
@@ -107,13 +108,43 @@ void pack_panel(const T* x, int64_t features, int64_t tokens, const int32_t* tar
 }
 
 template <typename T>
+struct PanelInput {
+  const T* x;
+  bool panels;            // whether x is [panels, features, kPanel] rather than [tokens, features]
+  const int32_t* target;  // feature f is stored at row target[f] of the panel, or nullptr
+
+  template <int64_t kTokens>
+  void pack(int64_t first, int64_t tokens, int64_t features, float* panel) const {
+    if (panels) {
+      copy_panel<kTokens>(x + first * features, features, target, panel);
+    } else {
+      pack_panel<kTokens>(x + first * features, features, tokens, target, panel);
+    }
+  }
+};
+
+template <typename T>
 struct PanelOutput {
   T* y;
+  bool panels;  // as for PanelInput
   int64_t features;
   Epilogue<T> epilogue;
   const int32_t* permutation;  // y[j] = sums[permutation[j]], or nullptr
-  const int32_t* inverse;      // set where workers share the outputs of a token
+  const int32_t* inverse;      // set where workers share the outputs of a token, and for panels
 
+  // The outputs `rows` of S for a panel of tokens from `first` on.
+  template <int64_t kTokens>
+  void store_sums(int64_t first, int64_t tokens, const float* sums, Range rows) const {
+    if (panels) {
+      finish_panel<kTokens>(sums, rows, epilogue, inverse, y + first * features);
+    } else if (rows.size() == features) {
+      finish<kTokens>(first, tokens, sums);
+    } else {
+      finish_part<kTokens>(first, tokens, sums, rows);
+    }
+  }
+
+ private:
   // sums [features, kTokens] -> y [tokens, features], from token `first` on.
   template <int64_t kTokens>
   void finish(int64_t first, int64_t tokens, const float* sums) const {
@@ -145,7 +176,6 @@ struct PanelOutput {
     });
   }
 
- private:
   // Vector i of a square becomes the outputs j to j + width of one token, at y[start + i * features].
   void finish_square(const Vec (&square)[kLanes], int64_t start, int64_t tokens, int64_t j, int64_t width) const {
     with_activation(epilogue.activation, [&](auto activation) {
@@ -182,36 +212,29 @@ void multiply_panel(const S& s, const float* panel, Range rows, float* sums) {
 
 template <int kWidth, typename T, typename S>
 void process_panel(
-    const S& s, const T* x, const int32_t* target, const PanelOutput<T>& output, int64_t first, int64_t tokens, Range rows,
-    float* panel, float* sums) {
+    const S& s, const PanelInput<T>& input, const PanelOutput<T>& output, int64_t first, int64_t tokens, Range rows, float* panel,
+    float* sums) {
   constexpr int64_t kTokens = kWidth * kLanes;
-  pack_panel<kTokens>(x + first * s.in_features, s.in_features, tokens, target, panel);
+  input.template pack<kTokens>(first, tokens, s.in_features, panel);
   s.template extend<kTokens>(panel);
   multiply_panel<kWidth>(s, panel, rows, sums);
-  if (rows.size() == s.out_features) {
-    output.template finish<kTokens>(first, tokens, sums);
-  } else {
-    output.template finish_part<kTokens>(first, tokens, sums, rows);
-  }
+  output.template store_sums<kTokens>(first, tokens, sums, rows);
 }
 
-inline constexpr int kWidest = 4;
-
 template <typename T, typename S>
-void row_gather(const S& s, const T* x, const int32_t* target, int64_t tokens, const PanelOutput<T>& output, int64_t parts) {
-  constexpr int64_t kTokens = kWidest * kLanes;
-  const int64_t panels = ceil_div(tokens, kTokens);
+void row_gather(const S& s, const PanelInput<T>& input, int64_t tokens, const PanelOutput<T>& output, int64_t parts) {
+  const int64_t panels = ceil_div(tokens, kPanel);
   const int64_t rows_per_part = round_up(ceil_div(s.out_features, parts), s.row_step());
   at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<float> panel((s.in_features + S::kExtraRows) * kTokens), sums((s.out_features + S::kExtraRows) * kTokens);
+    const Scratch<float> panel((s.in_features + S::kExtraRows) * kPanel), sums((s.out_features + S::kExtraRows) * kPanel);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / parts * kTokens, count = std::min(kTokens, tokens - first);
+      const int64_t first = item / parts * kPanel, count = std::min(kPanel, tokens - first);
       const int64_t row = item % parts * rows_per_part;
       const Range rows{std::min(row, s.out_features), std::min(row + rows_per_part, s.out_features)};
       const auto process = count <= kLanes ? process_panel<1, T, S>
           : count <= 2 * kLanes            ? process_panel<2, T, S>
                                            : process_panel<kWidest, T, S>;
-      process(s, x, target, output, first, count, rows, panel.data(), sums.data());
+      process(s, input, output, first, count, rows, panel.data(), sums.data());
     }
   });
 }

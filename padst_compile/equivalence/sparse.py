@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from padst_compile.equivalence.registry import definition
@@ -60,8 +62,19 @@ def _triton_block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *
     return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *rest)
 
 
-@definition("padst_native::nm_linear", "padst_triton::nm_linear")
-def _nm_linear(
+@definition("padst_native::nm_linear")
+def _native_nm_linear(
+    x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
+    n: int, m: int, activation: str = "none", residual: Any = None, panels_of: Any = None, to_panels: bool = False,
+) -> Any:  # fmt: skip
+    tables = (bias, input_permutation, output_permutation)
+    x = x if panels_of is None else _from_panels(x, panels_of)
+    y = _triton_nm_linear(x, values, offsets, *tables, out_features, n, m, activation, residual)
+    return _to_panels(y) if to_panels else y
+
+
+@definition("padst_triton::nm_linear")
+def _triton_nm_linear(
     x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
     n: int, m: int, *epilogue: Any,
 ) -> Any:  # fmt: skip
@@ -69,9 +82,34 @@ def _nm_linear(
     return _product(NM(n, m, values.shape[2]), x, values, (offsets,), *tables, out_features, *epilogue)
 
 
-@definition("padst_native::diagonal_linear", "padst_triton::diagonal_linear")
-def _diagonal_linear(x: Any, values: Any, offsets: Any, *rest: Any) -> Any:
+@definition("padst_native::diagonal_linear")
+def _native_diagonal_linear(
+    x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
+    activation: str = "none", residual: Any = None, panels_of: Any = None, to_panels: bool = False,
+) -> Any:  # fmt: skip
+    tables = (bias, input_permutation, output_permutation)
+    x = x if panels_of is None else _from_panels(x, panels_of)
+    y = _triton_diagonal_linear(x, values, offsets, *tables, out_features, activation, residual)
+    return _to_panels(y) if to_panels else y
+
+
+@definition("padst_triton::diagonal_linear")
+def _triton_diagonal_linear(x: Any, values: Any, offsets: Any, *rest: Any) -> Any:
     return _product(Diagonal(), x, values, (offsets,), *rest)
+
+
+def _to_panels(y: Any) -> Any:
+    """Tokens [..., features] as [panels, features, width], the tokens that the last panel lacks filled up."""
+    width = torch.ops.padst_native.panel_tokens()
+    rows = y.reshape(-1, y.shape[-1])
+    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % width))
+    return padded.reshape(-1, width, y.shape[-1]).transpose(1, 2)
+
+
+def _from_panels(x: Any, sizes: Sequence[int]) -> Any:
+    """The reverse of `_to_panels`, for tokens of these sizes."""
+    rows = x.transpose(1, 2).reshape(-1, x.shape[1])[: math.prod(sizes)]
+    return rows.reshape(*sizes, x.shape[1])
 
 
 def _product(
