@@ -1,4 +1,4 @@
-"""The `padst` command: demo, explain, bench, doctor."""
+"""The `padst` command: demo, explain, bench, tune, doctor."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from padst_compile.autotune.cache import cache_folder
+from padst_compile.autotune.effort import BUDGETS, Effort
+from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import ModelCase, build_model
 from padst_compile.benchmarking.report import comparison_table, write_json, write_results
 from padst_compile.benchmarking.run import Comparison, Settings, compare
-from padst_compile.conversion import sparsify
+from padst_compile.conversion import sparse_layers, sparsify
 from padst_compile.doctor import examine
 from padst_compile.drawing.picture import draw
-from padst_compile.errors import PadstError, UnknownFieldError
+from padst_compile.errors import MissingDeviceError, PadstError, UnknownFieldError
 from padst_compile.explain import explain as explain_model
 from padst_compile.spec import SparsitySpec
 from padst_compile.structures import parse
+from padst_compile.tuning import sources, tuning_table
+from padst_compile.tuning import tune as tune_layers
 
 app = typer.Typer(
     help="Permuted structured-sparse linear layers for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -127,6 +132,42 @@ def explain(
 
 
 @app.command()
+def tune(
+    model: ModelName,
+    structure: StructureName = "block:64",
+    sparsity: Sparsity = None,
+    permutation: PermutationName = "random",
+    side: Side = "input",
+    effort: Annotated[str, typer.Option(help="quick: a few candidates, in seconds; full: the whole search space")] = "quick",
+    batch: Batch = 1,
+    tokens: Tokens = 256,
+    dtype: DtypeName = "float32",
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    targets: Targets = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Measure what runs each layer of a model fastest in inference, and keep it for all later compilations."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with _errors():
+        _set_threads(threads)
+        case = build_model(model, batch=batch, tokens=tokens).on(_device(device))
+        sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side, targets))
+        effort = _tuning_effort(effort)
+        layers = sum(1 for _ in sparse_layers(sparse))
+        with Progress(console=Console(stderr=True)) as progress, torch.no_grad():
+            task = progress.add_task(f"tuning {model}", total=layers)
+            shapes = tune_layers(
+                sparse, *case.inputs_as(_dtype(dtype)), effort=effort, progress=lambda: progress.advance(task), **case.kwargs
+            )
+    console.print(tuning_table(shapes, f"{model}, {dtype}, {effort}"))
+    console.print(f"{sources(shapes)}; kept in {cache_folder() / 'tuning'}", soft_wrap=True)
+    if json_path is not None:
+        result = {"model": model, "effort": effort, "machine": describe_machine(), "shapes": [s.to_dict() for s in shapes]}
+        console.print(f"written to {write_json(result, json_path)}", soft_wrap=True)
+
+
+@app.command()
 def doctor(json_path: JsonPath = None) -> None:
     """Report what this machine can do, and what to install for the rest."""
     console = Console()
@@ -185,6 +226,20 @@ def _dtype(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise UnknownFieldError("dtype", name, _DTYPES)
     return _DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise UnknownFieldError("device", name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MissingDeviceError("--device cuda: PyTorch finds no GPU here; `padst doctor` says more")
+    return torch.device(name)
+
+
+def _tuning_effort(name: str) -> Effort:
+    if name not in BUDGETS:
+        raise UnknownFieldError("value of --effort", name, BUDGETS)
+    return cast("Effort", name)
 
 
 def _set_threads(threads: int | None) -> None:

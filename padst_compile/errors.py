@@ -86,6 +86,10 @@ class UnknownModelError(PadstError, ValueError):
     """A model name that the command line cannot build."""
 
 
+class MissingDeviceError(PadstError, RuntimeError):
+    """A device that this machine does not have."""
+
+
 class DrawingError(PadstError, ValueError):
     """A picture that cannot be drawn: of a module that is not there, or in a format that is not known."""
 

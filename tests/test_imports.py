@@ -41,6 +41,7 @@ LAYERS = (
     "testing",
     "permutation_fates",
     "explain",
+    "tuning",
     "foldable",
     "__init__",
     "benchmarking",

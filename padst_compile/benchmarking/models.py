@@ -39,6 +39,15 @@ class ModelCase:
     tokens: int | None = None
     note: str = ""
 
+    def on(self, device: torch.device) -> ModelCase:
+        """The same on a device; the model itself is moved, not a copy."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        kwargs = {name: moved(value) for name, value in self.kwargs.items()}
+        return dataclasses.replace(self, model=self.model.to(device), args=tuple(map(moved, self.args)), kwargs=kwargs)
+
     def inputs_as(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """The positional inputs with floating tensors in `dtype`."""
         return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in self.args)
