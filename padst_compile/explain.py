@@ -34,7 +34,7 @@ class LayerExplanation:
     Args:
         name: module name.
         shape: "in -> out" features.
-        structure: short form, or "dense".
+        structure: short form, or "dense"; "diagonal:16 as block:64x16" where the layer runs as another structure.
         density: active weights as a fraction.
         kernel: "native" (C++), "triton", "aten" or "dense".
         fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
@@ -197,7 +197,7 @@ def _explain_decision(decision: LayerDecision) -> LayerExplanation:
     return LayerExplanation(
         name=decision.layer,
         shape=f"{shape.in_features} -> {shape.out_features}",
-        structure=decision.structure,
+        structure=f"{decision.folded_from} as {decision.structure}" if decision.folded_from else decision.structure,
         density=decision.active / shape.numel,
         kernel=choice.kernel,
         fused=decision.fused,

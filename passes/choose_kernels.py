@@ -21,6 +21,7 @@ from padst_compile.autotune.problem import Kernel, LayerProblem, token_bucket
 from padst_compile.kernels import dispatch
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
+from padst_compile.passes.fold_diagonals import FOLDED_FROM
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
 from padst_compile.passes.native_calls import epilogue, layouts
@@ -31,7 +32,7 @@ Policy: TypeAlias = Literal["measure", "sparse", "dense"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerDecision:
-    """What became of one structured product of the graph."""
+    """What became of one structured product of the graph; `folded_from` is its structure before it became blocks."""
 
     layer: str
     shape: Shape
@@ -41,6 +42,7 @@ class LayerDecision:
     dtype: str
     fused: tuple[str, ...]
     choice: KernelChoice
+    folded_from: str = ""
 
     @property
     def tables(self) -> tuple[Side, ...]:
@@ -67,7 +69,9 @@ class ChooseKernels(RewriteRule):
     def decisions(self) -> list[LayerDecision]:
         """One for each structured product, in the order of the graph; what a native call does besides is read when asked."""
         return [
-            decision if native is None else dataclasses.replace(decision, fused=decision.fused + epilogue(native) + layouts(native))
+            decision
+            if native is None
+            else dataclasses.replace(decision, fused=decision.fused + epilogue(native) + layouts(native))
             for decision, native in self._decided
         ]
 
@@ -176,7 +180,7 @@ class _Call:
         bias = ("bias",) if argument(self.node, "bias") is not None else ()
         return LayerDecision(
             layer_name(self.node), self.shape, argument(self.node, "structure"), self._active(), self.tokens,
-            str(self.dtype).removeprefix("torch."), bias + fused, choice,
+            str(self.dtype).removeprefix("torch."), bias + fused, choice, self.node.meta.get(FOLDED_FROM, ""),
         )  # fmt: skip
 
     def _stored(self) -> int:

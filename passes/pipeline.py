@@ -23,6 +23,7 @@ from padst_compile.passes.cancel_permutations import CancelPermutations
 from padst_compile.passes.choose_kernels import ChooseKernels, LayerDecision, Policy
 from padst_compile.passes.compose_permutations import ComposePermutations
 from padst_compile.passes.context import Context, static_tensors
+from padst_compile.passes.fold_diagonals import FoldDiagonals
 from padst_compile.passes.fold_into_norm import FoldIntoNorm
 from padst_compile.passes.fuse_activation import FuseActivation
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
@@ -49,6 +50,7 @@ RULES: tuple[type[Pass], ...] = (
     CancelPermutations,
     FuseInputPermutation,
     FuseOutputPermutation,
+    FoldDiagonals,
     PlacePermutations,
     AbsorbBias,
     UnfoldPatches,
