@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import triton
 from rich.console import Console
@@ -26,6 +26,9 @@ from padst_compile.files import replace_text
 from padst_compile.kernels import triton_limits
 from padst_compile.kernels.compiled import Compiled, compile_launch
 from padst_compile.kernels.offline_case import DEVICES, Case, Target
+
+# What was recorded of one architecture: problem -> tile -> what it uses.
+Golden: TypeAlias = dict[str, dict[str, str]]
 
 # Modules with a function `offline_cases(target)`.
 MODULES = ("padst_compile.kernels.block.offline_cases",)
@@ -46,13 +49,16 @@ class Finding:
     faults: tuple[str, ...]
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> str:
         """What is kept in the recorded file."""
         if self.compiled is None:
-            return {"failed": True}
-        compiled = self.compiled
-        products = "+".join(sorted(compiled.products)) or "fma"
-        return {"registers": compiled.registers, "shared": compiled.shared_bytes, "products": products, "depth": self.depth}
+            return "does not compile"
+        return f"{self.compiled.registers} registers, {self.compiled.shared_bytes} bytes, depth {self.depth}, {self.products}"
+
+    @property
+    def products(self) -> str:
+        """The instructions that multiply."""
+        return "+".join(sorted(self.compiled.products)) or "fma" if self.compiled else ""
 
     @property
     def depth(self) -> int:
@@ -65,8 +71,8 @@ def all_cases(target: Target) -> Iterator[Case]:
     names = set()
     for module in MODULES:
         for case in importlib.import_module(module).offline_cases(target):
-            if case.name not in names:
-                names.add(case.name)
+            if (case.subject, case.form) not in names:
+                names.add((case.subject, case.form))
                 yield case
 
 
@@ -89,13 +95,25 @@ def examine(case: Case, target: Target) -> Finding:
     return Finding(case, compiled, tuple(faults))
 
 
-def differences(findings: Sequence[Finding], golden: dict[str, Any], whole: bool) -> list[str]:
+def recorded(findings: Sequence[Finding]) -> Golden:
+    """What is kept of the findings."""
+    golden: Golden = {}
+    for finding in findings:
+        golden.setdefault(finding.case.subject, {})[finding.case.form] = finding.record
+    return golden
+
+
+def differences(findings: Sequence[Finding], golden: Golden, whole: bool) -> list[str]:
     """How what was found differs from what was recorded; `whole` if all cases were compiled."""
-    found = {finding.case.name: finding.record for finding in findings}
-    changed = [f"{name}: {golden[name]} -> {found[name]}" for name in found if name in golden and golden[name] != found[name]]
-    new = [f"{name}: not recorded" for name in found if name not in golden]
-    gone = [f"{name}: recorded, but no case" for name in golden if name not in found] if whole else []
+    found, kept = _flat(recorded(findings)), _flat(golden)
+    changed = [f"{name}: {kept[name]} -> {found[name]}" for name in found if name in kept and kept[name] != found[name]]
+    new = [f"{name}: not recorded" for name in found if name not in kept]
+    gone = [f"{name}: recorded, but no case" for name in kept if name not in found] if whole else []
     return changed + new + gone
+
+
+def _flat(golden: Golden) -> dict[str, str]:
+    return {f"{subject} | {form}": record for subject, forms in golden.items() for form, record in forms.items()}
 
 
 def table(target: Target, findings: Sequence[Finding]) -> Table:
@@ -104,10 +122,9 @@ def table(target: Target, findings: Sequence[Finding]) -> Table:
     for column in ("case", "registers", "shared KiB", "depth", "products", "faults"):
         result.add_column(column, overflow="fold", justify="left" if column in ("case", "products", "faults") else "right")
     for finding in findings:
-        record = finding.record
-        shared = f"{record['shared'] / 1024:.0f}" if "shared" in record else ""
-        cells = (record.get("registers", ""), shared, record.get("depth", ""), record.get("products", ""))
-        result.add_row(finding.case.name, *map(str, cells), "; ".join(finding.faults))
+        compiled, name = finding.compiled, f"{finding.case.subject} | {finding.case.form}"
+        cells = (compiled.registers, f"{compiled.shared_bytes / 1024:.0f}", finding.depth) if compiled else ("", "", "")
+        result.add_row(name, *map(str, cells), finding.products, "; ".join(finding.faults))
     return result
 
 
@@ -128,36 +145,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print and compare; 1 where something is wrong."""
     options = _options(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    path: Path | None = options.golden
-    recorded = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    section, wrong = recorded.setdefault(version(), {}), 0
+    golden = json.loads(options.golden.read_text()) if options.golden.exists() else {}
+    section = golden.setdefault(version(), {})
+    wrong = 0
     for target in options.target:
-        cases = [case for case in all_cases(target) if all(word in case.name for word in options.only)]
+        cases = [case for case in all_cases(target) if all(word in case.subject for word in options.only)]
         if options.first:
-            cases = list({case.problem: case for case in reversed(cases)}.values())[::-1]
-        findings = check(target, cases, options.workers)
-        console.print(table(target, findings))
-        faults = [f"{finding.case.name}: {fault}" for finding in findings for fault in finding.faults]
+            cases = list({case.subject: case for case in reversed(cases)}.values())[::-1]
         whole = not options.only and not options.first
-        if options.record and whole:
-            section[target] = {finding.case.name: finding.record for finding in findings}
-        changes = differences(findings, section[target], whole) if target in section else []
-        for line in (*(f"FAULT {fault}" for fault in faults), *(f"CHANGED {change}" for change in changes)):
-            console.print(f"{target}: {line}", markup=False, highlight=False)
-        console.print(f"{target}: {len(findings)} kernels, {len(faults)} faults, {len(changes)} changes")
-        wrong += len(faults) + len(changes)
-    if options.record and path is not None:
-        replace_text(path, json.dumps(recorded, indent=0, sort_keys=True) + "\n")
+        findings = check(target, cases, options.workers)
+        if options.record:
+            section[target] = {**({} if whole else section.get(target, {})), **recorded(findings)}
+        wrong += _report(console, target, findings, differences(findings, section.get(target, {}), whole))
+    if options.record:
+        replace_text(options.golden, json.dumps(golden, indent=0, sort_keys=True) + "\n")
     return int(wrong > 0)
+
+
+def _report(console: Console, target: Target, findings: Sequence[Finding], changes: Sequence[str]) -> int:
+    """Print everything about one architecture; how much of it is wrong."""
+    console.print(table(target, findings))
+    faults = [f"{finding.case.subject} | {finding.case.form}: {fault}" for finding in findings for fault in finding.faults]
+    for line in (*(f"FAULT {fault}" for fault in faults), *(f"CHANGED {change}" for change in changes)):
+        console.print(f"{target}: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{target}: {len(findings)} kernels, {len(faults)} faults, {len(changes)} changes")
+    return len(faults) + len(changes)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile all kernels for GPUs that are not there, and check what they use.")
     parser.add_argument("--target", action="append", choices=list(DEVICES), help="architectures (default: all)")
-    parser.add_argument("--only", action="append", default=[], help="cases whose name has this in it")
+    parser.add_argument("--only", action="append", default=[], help="problems whose description has this in it")
     parser.add_argument("--first", action="store_true", help="the default tile of each problem alone")
-    parser.add_argument("--golden", type=Path, help="the recorded file to compare with")
-    parser.add_argument("--record", action="store_true", help="write the recorded file's part for this Triton")
+    parser.add_argument("--golden", type=Path, required=True, help="the recorded file to compare with")
+    parser.add_argument("--record", action="store_true", help="write what was compiled into that file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
     options = parser.parse_args(arguments)
     options.target = options.target or list(DEVICES)

@@ -41,12 +41,18 @@ class Case:
     wide_loads: bool = False
 
     @property
-    def name(self) -> str:
-        """What tells a case from others, device aside."""
-        p, t = self.problem, self.tile
+    def subject(self) -> str:
+        """What is computed, device aside."""
+        p = self.problem
         parts = [p.kernel, p.structure, f"{p.in_features}->{p.out_features}", f"{p.tokens}t", p.dtype]
         parts += [] if p.precision == "ieee" else [p.precision]
         parts += [f"permuted={p.permuted}"] if p.permuted else []
         parts += [p.epilogue] if p.epilogue else []
         parts += [] if p.layout == "token/token" else [p.layout]
-        return f"{' '.join(parts)} | {t.tokens}x{t.outputs}x{t.depth} warps={t.warps} stages={t.stages} {t.variant}"
+        return " ".join(parts)
+
+    @property
+    def form(self) -> str:
+        """How it is cut."""
+        t = self.tile
+        return f"{t.tokens}x{t.outputs}x{t.depth} warps={t.warps} stages={t.stages} {t.variant}"

@@ -119,7 +119,7 @@ def precision(dtype: torch.dtype) -> Precision:
         return "ieee"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    return "tf32x3" if _split else "ieee"
+    return "tf32x3" if _split and torch.version.hip is None else "ieee"
 
 
 def token_bucket(tokens: int) -> int:

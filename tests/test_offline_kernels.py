@@ -44,10 +44,10 @@ launch = dataclasses.replace(case.launch, arguments={**case.launch.arguments, "A
 print(offline.examine(dataclasses.replace(case, launch=launch), "sm_80").faults)
 good = offline.examine(case, "sm_80")
 print(good.faults)
-name, record = good.case.name, good.record
-print(len(offline.differences([good], {name: record}, True)), len(offline.differences([good], {}, True)))
-print(len(offline.differences([good], {name: {**record, "registers": 1}, "gone": record}, True)))
-print(len(offline.differences([good], {name: record, "gone": record}, False)))
+golden = offline.recorded([good])
+print(len(offline.differences([good], golden, True)), len(offline.differences([good], {}, True)))
+print(len(offline.differences([good], {case.subject: {case.form: "1 register"}, "gone": {"": ""}}, True)))
+print(len(offline.differences([good], {**golden, "gone": {"": ""}}, False)))
 """
 
 

@@ -9,8 +9,10 @@ import torch
 
 from padst_compile.kernels.block.tiles import element_by_element, step_bytes, tiles
 from padst_compile.kernels.block.triton import Blocks, linear_launch, value_gradient_launch
-from padst_compile.kernels.extras import Extras
+from padst_compile.kernels.block.triton_mlp import default_tile as mlp_tile
+from padst_compile.kernels.block.triton_mlp import mlp_launch
 from padst_compile.kernels.launch import Problem, Tile
+from padst_compile.kernels.meta_arguments import activations, extras, index
 from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target
 from padst_compile.kernels.token_shares import TokenShares
 from padst_compile.kernels.triton_support import Launch, token_bucket
@@ -22,6 +24,8 @@ _WARP_GROUP_TOKENS = 64  # rows of the smallest product of wgmma and tcgen05
 def offline_cases(target: Target) -> Iterator[Case]:
     """Every tile that a tuner may choose for the problems below, once per machine code."""
     for problem in _problems(DEVICES[target]):
+        if problem.precision == "tf32x3" and target == "gfx942":
+            continue  # Triton has it for NVIDIA alone, see `triton_support.precision`
         # `group` orders the programs, which compiles to the same.
         for tile in dict.fromkeys(dataclasses.replace(tile, group=8) for tile in tiles(problem)):
             launch = launch_of(problem, tile)
@@ -33,6 +37,7 @@ def offline_cases(target: Target) -> Iterator[Case]:
                 product=_product(problem, tile, target),
                 wide_loads=_wide(problem, tile, target),
             )
+    yield from _mlps(target)
 
 
 def launch_of(problem: Problem, tile: Tile) -> Launch:
@@ -41,10 +46,8 @@ def launch_of(problem: Problem, tile: Tile) -> Launch:
     assert isinstance(structure, Block)
     blocks = problem.active // (structure.rows * structure.columns)
     row_count = -(-problem.out_features // structure.rows)
-    orders = problem.layout.split("/")
-    x = _activations(problem.tokens, problem.in_features, dtype, orders[0])
-    y = _activations(problem.tokens, problem.out_features, dtype, orders[1])
-    row_pointers, columns = _index(row_count + 1), _index(blocks)
+    x, y = activations(problem, problem.in_features, 0), activations(problem, problem.out_features, 1)
+    row_pointers, columns = index(row_count + 1), index(blocks)
     if problem.kernel == "block_value_gradient":
         shares = TokenShares(2, problem.tokens // 2)
         sums = torch.empty(2, blocks, structure.columns, structure.rows, device="meta")
@@ -52,8 +55,8 @@ def launch_of(problem: Problem, tile: Tile) -> Launch:
     transposed = problem.kernel == "block_input_gradient"
     sides = (structure.rows, structure.columns) if transposed else (structure.columns, structure.rows)
     values = torch.empty(blocks, *sides, device="meta", dtype=dtype)
-    stored = Blocks(structure, values, row_pointers, columns, _index(blocks) if transposed else None, transposed)
-    return linear_launch(x, stored, y, _extras(problem, dtype), problem, tile)
+    stored = Blocks(structure, values, row_pointers, columns, index(blocks) if transposed else None, transposed)
+    return linear_launch(x, stored, y, extras(problem), problem, tile)
 
 
 def _problems(device: str) -> Iterator[Problem]:
@@ -68,12 +71,32 @@ def _problems(device: str) -> Iterator[Problem]:
     yield _problem(64, 768, 3072, 50432, half, device, permuted="in+out")
     yield _problem(64, 3072, 768, 50432, half, device, permuted="in", layout="feature/token")
     yield _problem((24, 40), 1000, 1003, 4096, half, device, epilogue="bias")
-    for precision in ("ieee", "tf32", "tf32x3"):
+    yield _problem(64, 768, 3072, 50432, full, device, precision="tf32x3")
+    for precision in ("ieee", "tf32"):
         for kernel in ("block_forward", "block_input_gradient", "block_value_gradient"):
             yield _problem(64, 768, 3072, 50432, full, device, kernel=kernel, precision=precision)
     for size in (16, 64):
         for kernel in ("block_input_gradient", "block_value_gradient"):
             yield _problem(size, 3072, 768, 50432, half, device, kernel=kernel)
+
+
+def _mlps(target: Target) -> Iterator[Case]:
+    """The two layers of ViT-B's MLP in one kernel."""
+    for size, dtype, precision in ((64, "bfloat16", "ieee"), (32, "bfloat16", "ieee"), (64, "float32", "tf32")):
+        problem = _problem(size, 768, 768, 50432, dtype, DEVICES[target], kernel="block_mlp", precision=precision)
+        first, second = (_stored(size, *sides, getattr(torch, dtype)) for sides in ((768, 3072), (3072, 768)))
+        x = activations(problem, 768, 0)
+        tile = mlp_tile(x, size, size)
+        launch = mlp_launch(x, first, second, 3072, x, (None, x[0]), x, "gelu", precision)
+        step = (tile.tokens + size) * tile.depth * x.element_size()
+        yield Case(problem, tile, launch, step, TENSOR_CORES[target], wide_loads=True)
+
+
+def _stored(size: int, in_features: int, out_features: int, dtype: torch.dtype) -> Blocks:
+    """A layer with one block in ten."""
+    rows, blocks = out_features // size, out_features // size * in_features // size // 10
+    values = torch.empty(blocks, size, size, device="meta", dtype=dtype)
+    return Blocks(Block(size), values, index(rows + 1), index(blocks))
 
 
 def _problem(
@@ -110,31 +133,9 @@ def _product(problem: Problem, tile: Tile, target: Target) -> str | None:
 def _wide(problem: Problem, tile: Tile, target: Target) -> bool:
     """Whether 16-byte copies are claimed.
 
-    Not where inputs come one by one. Nor for sums over tokens in TF32 on Hopper and later, whose tensor cores want the tokens
-    of both operands adjacent: copies in flight cannot transpose.
+    Not where inputs come one by one, or where a small tile is spread over the many threads of an AMD GPU. Nor for sums over
+    tokens in TF32 on Hopper and later, whose tensor cores want the tokens of both operands adjacent: copies in flight cannot
+    transpose.
     """
     transposed = problem.kernel == "block_value_gradient" and problem.dtype == "float32" and target in ("sm_90", "sm_100")
-    return not transposed and not element_by_element(problem)
-
-
-def _extras(problem: Problem, dtype: torch.dtype) -> Extras:
-    parts, permuted = problem.epilogue.split("+"), problem.permuted.split("+")
-    like_y = torch.empty(problem.tokens, problem.out_features, device="meta", dtype=dtype)
-    return Extras(
-        bias=like_y[0] if "bias" in parts else None,
-        input_permutation=_index(problem.in_features) if "in" in permuted else None,
-        output_permutation=_index(problem.out_features) if "out" in permuted else None,
-        activation=next((part for part in parts if part not in ("", "bias", "gate", "residual")), "none"),
-        gate=like_y if "gate" in parts else None,
-        residual=like_y if "residual" in parts else None,
-    )
-
-
-def _activations(tokens: int, features: int, dtype: torch.dtype, order: str) -> torch.Tensor:
-    if order == "feature":
-        return torch.empty(features, tokens, device="meta", dtype=dtype).T
-    return torch.empty(tokens, features, device="meta", dtype=dtype)
-
-
-def _index(entries: int) -> torch.Tensor:
-    return torch.empty(entries, device="meta", dtype=torch.int32)
+    return target != "gfx942" and not transposed and not element_by_element(problem)

@@ -6,6 +6,7 @@ hold, or sums that its registers do not. `offline.py` compiles what remains and 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from padst_compile.kernels.launch import Problem, Tile
 from padst_compile.structures import Block, parse
 
 _SMALLEST = 16  # side of the smallest product of tiles
+_SMALLEST_TILE = Tile(_SMALLEST, _SMALLEST, _SMALLEST, group=1, warps=4, stages=2)
 _WIDEST_OUTPUTS = 128
 _STEP_BYTES = 128  # of one row of a step: what the memory and the widest shared-memory layout move at once
 _STAGES = (3, 4, 5)
@@ -35,8 +37,10 @@ def tiles(problem: Problem) -> tuple[Tile, ...]:
         problem: of "block_forward", "block_input_gradient" (whose structure is that of S.T) or "block_value_gradient".
     """
     candidates = _value_gradient(problem) if problem.kernel == "block_value_gradient" else _linear(problem)
-    fitting = [tile for tile in dict.fromkeys(candidates) if _fits(problem, tile)]
-    return tuple(fitting) or (_smallest(problem),)
+    forms = tuple(dict.fromkeys(candidates))
+    fitting = tuple(tile for tile in forms if _fits(problem, tile))
+    shallow = (dataclasses.replace(tile, stages=2) for tile in forms)  # where shared memory is small
+    return fitting or tuple(dict.fromkeys(tile for tile in shallow if _fits(problem, tile))) or (_SMALLEST_TILE,)
 
 
 def step_bytes(problem: Problem, tile: Tile) -> int:
@@ -88,10 +92,6 @@ def _value_gradient(problem: Problem) -> Iterator[Tile]:
         yield Tile(max(_SMALLEST, min(tokens, problem.tokens)), outputs, depth, 1, _warps(problem, depth * outputs), stages)
 
 
-def _smallest(problem: Problem) -> Tile:
-    return Tile(_SMALLEST, _SMALLEST, _SMALLEST, group=1, warps=4, stages=2)
-
-
 def _token_sides(problem: Problem) -> tuple[int, ...]:
     """Tokens of a tile, best guess first."""
     sides = (64, 128) if _exact(problem) else (128, 64, 256)
@@ -128,6 +128,11 @@ def _block(problem: Problem) -> Block:
     return structure
 
 
+def _described_precision(problem: Problem) -> str:
+    """The precision whose products take operands from shared memory as they are; others hold too much in registers."""
+    return "tf32" if problem.dtype == "float32" else "ieee"
+
+
 def _may_describe(problem: Problem, block: Block) -> bool:
     """Whether the descriptor variant can serve this problem: see `triton.linear_launch`."""
     limits = triton_limits.limits_of(problem.device)
@@ -135,7 +140,7 @@ def _may_describe(problem: Problem, block: Block) -> bool:
     return (
         limits.descriptors
         and whole
-        and not _exact(problem)
+        and problem.precision == _described_precision(problem)
         and "in" not in problem.permuted.split("+")
         and problem.layout.startswith("token/")
     )

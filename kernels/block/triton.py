@@ -105,7 +105,7 @@ def block_linear_kernel(
     value_input_stride: tl.constexpr = 1 if TRANSPOSED else ROWS
     value_output_stride: tl.constexpr = COLUMNS if TRANSPOSED else 1
 
-    token_tile, output_tile = _swizzle(tl.program_id(0), tl.cdiv(tokens, TOKENS), row_count * parts, GROUP)
+    token_tile, output_tile = swizzle(tl.program_id(0), tl.cdiv(tokens, TOKENS), row_count * parts, GROUP)
     row, part = output_tile // parts, output_tile % parts
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     token_mask = token < tokens
@@ -150,8 +150,8 @@ def block_linear_kernel(
                 x_pointers = x + source[None, :] * x_feature_stride
             value_pointers = values + (slot.to(tl.int64) * (ROWS * COLUMNS) + start * value_input_stride)
             exists = (start + inner < COLUMNS) & (column * COLUMNS + start + inner < in_features)
-            x_tile = _load(x_pointers, token_mask[:, None], exists[None, :], not TOKENS_ADJACENT, EVEN_INPUTS)
-            value_tile = _load(value_pointers, exists[:, None], feature_mask[None, :], EVEN_INPUTS, EVEN_OUTPUTS)
+            x_tile = load_tile(x_pointers, token_mask[:, None], exists[None, :], not TOKENS_ADJACENT, EVEN_INPUTS)
+            value_tile = load_tile(value_pointers, exists[:, None], feature_mask[None, :], EVEN_INPUTS, EVEN_OUTPUTS)
         sums = dot(x_tile, value_tile, sums, PRECISION)
 
         following = (step + 1) // steps
@@ -256,7 +256,7 @@ def block_value_gradient_kernel(
 
 
 @triton.jit
-def _swizzle(program, token_tiles, output_tiles, GROUP: tl.constexpr):
+def swizzle(program, token_tiles, output_tiles, GROUP: tl.constexpr):
     """Token tile and output tile of a program: all output tiles of `GROUP` token tiles before those of the next."""
     per_group = GROUP * output_tiles
     first = (program // per_group) * GROUP
@@ -266,7 +266,7 @@ def _swizzle(program, token_tiles, output_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
+def load_tile(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
     """A tile with zeros where a mask is false; a mask that is known to be true everywhere costs nothing."""
     if WHOLE_ROWS and WHOLE_COLUMNS:
         tile = tl.load(pointers)
