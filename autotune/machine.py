@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from padst_compile.kernels import triton_limits
+
 _KIB, _GIGA, _TERA = 1024, 1e9, 1e12
 
 
@@ -99,8 +101,6 @@ def cpu_cache_bytes() -> int:
 
 _GPU_LAUNCH_SECONDS = 5e-6
 _GPU_REGISTERS = 65536
-_SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
-_OTHER_SHARED_KIB = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def gpu(name: str, capability: tuple[int, int], units: int) -> Machine:
         cache_bandwidth=sheet.cache_bandwidth * _TERA,
         cache_bytes=sheet.cache * _KIB * _KIB,
         launch_seconds=_GPU_LAUNCH_SECONDS,
-        shared_bytes=_SHARED_KIB.get(capability, _OTHER_SHARED_KIB) * _KIB,
+        shared_bytes=triton_limits.limits_of(f"{name} ({capability[0]}.{capability[1]})").shared_bytes,
         registers=_GPU_REGISTERS,
     )
 

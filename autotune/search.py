@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from padst_compile.autotune.cost_model import ranked
 from padst_compile.autotune.effort import BUDGETS, Budget, Effort, satisfies
 from padst_compile.autotune.entry import Entry, Timing
+from padst_compile.autotune.facts import compiled_facts
 from padst_compile.autotune.lookup import library
 from padst_compile.autotune.machine import Machine, machine
 from padst_compile.autotune.measure import raced_medians
@@ -82,7 +83,7 @@ def _best_tile(launch: Problem, run: Run, effort: Effort) -> Tile | None:
         if found is not None and satisfies(found.entry.effort, effort):
             return found.entry.winner.candidate.tile
         device = device_of(launch)
-        default, *others = worth_measuring(launch, tiles_of(launch), BUDGETS[effort], machine(device))
+        default, *others = worth_measuring(launch, tiles_of(launch), BUDGETS[effort], machine(device), compiled_facts)
         candidates = {Candidate(launch.kernel): _with_tiles({launch: default}, run)}
         for tile in others:
             candidates[Candidate(launch.kernel, tile)] = _with_tiles({launch: tile}, run)

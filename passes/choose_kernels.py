@@ -24,6 +24,7 @@ from padst_compile.passes.context import Context
 from padst_compile.passes.fold_diagonals import FOLDED_FROM
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
+from padst_compile.passes.interleave_blocks import interleaved
 from padst_compile.passes.native_calls import epilogue, layouts
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
@@ -159,6 +160,8 @@ class _Call:
         weight = parse(argument(self.node, "structure")).unpack(values, tuple(topology), self.shape)
         values, weight = values.clone().requires_grad_(training), weight.requires_grad_(training)
         bias, tables = self.static("bias"), [self.static(name) for _, name in _SIDES]
+        if not training and sparse == "native":
+            values = interleaved(self.structure, values, topology, self.shape)
         size, name = self.shape.out_features, argument(self.node, "structure")
 
         def run(product: Callable[[], torch.Tensor]) -> Callable[[], Any]:

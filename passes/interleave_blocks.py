@@ -7,6 +7,8 @@ Expects `ChooseKernels` before it, which calls native kernels in inference alone
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -15,6 +17,7 @@ from padst_compile.passes.base import RewriteRule
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import argument, fake, set_arguments
 from padst_compile.passes.native_calls import is_native_linear
+from padst_compile.structures import Block, Shape, Structure
 
 
 class InterleaveBlocks(RewriteRule):
@@ -46,6 +49,14 @@ class InterleaveBlocks(RewriteRule):
                 (*(argument(node, name) for name in names), _in_features(node), argument(node, "out_features")),
             )
         set_arguments(node, values=facts.hoist(arranged))
+
+
+def interleaved(structure: Structure, values: torch.Tensor, topology: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
+    """The blocks of a native product as the rule would have them arranged, or as they are: what a measurement should run on."""
+    if not isinstance(structure, Block) or structure.columns % 2 or not native.interleaves(values.dtype):
+        return values
+    arranged: torch.Tensor = torch.ops.padst_native.interleave_blocks(values, *topology, shape.in_features, shape.out_features)
+    return arranged
 
 
 def _in_features(node: fx.Node) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -177,6 +180,34 @@ def test_quick_measures_the_default_and_the_best_by_the_model_in_the_order_of_th
     chosen = worth_measuring(NATIVE, tiles_of(NATIVE), BUDGETS["quick"], CORE)
     best = ranked(NATIVE, others, CORE)[: BUDGETS["quick"].tiles]
     assert chosen == [default, *(tile for tile in others if tile in best)]
+
+
+def test_what_a_tile_compiles_to_is_known_without_a_gpu() -> None:
+    code = """
+import dataclasses
+from padst_compile.autotune.facts import compiled_facts
+from padst_compile.autotune.machine import gpu
+from padst_compile.autotune.space import why_not
+from padst_compile.kernels.block.tiles import default_tile
+from padst_compile.kernels.launch import Problem
+
+problem = Problem("block_forward", "block:64x64", 768, 768, 57344, 16384, "bfloat16", device="NVIDIA H200 (9.0)")
+good = default_tile(problem)
+bad = dataclasses.replace(good, tokens=512, outputs=64, warps=4, stages=6)
+for tile in (good, bad):
+    facts = compiled_facts(problem, tile)
+    print(facts is not None and why_not(facts, gpu("NVIDIA H200", (9, 0), 132), tile))
+print(compiled_facts(dataclasses.replace(problem, device="cpu"), good))
+"""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    good, bad, unknown = done.stdout.splitlines()
+    assert (good, unknown) == ("None", "None")
+    assert "spill" in bad or "shared memory" in bad
 
 
 @pytest.mark.parametrize(
