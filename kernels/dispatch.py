@@ -11,6 +11,7 @@ import torch
 from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.diagonal.blocks import block_size, block_tables
+from padst_compile.kernels.diagonal.transpose import transpose as diagonal_transpose
 from padst_compile.kernels.formats import format_of, register_format
 from padst_compile.kernels.native.tiles import token_tile
 from padst_compile.kernels.triton_product import TritonProduct
@@ -29,7 +30,6 @@ _TRITON_PRODUCTS = {
 }
 
 _SMALLEST_BLOCK = 16  # side of the blocks from which on their kernels are faster than those for diagonals
-_LEAST_ATEN_BLOCK = 64  # the same for gradients of values, which ATen computes on the CPU
 _LEAST_TOKENS = 512  # with which reordering the weights takes less than it saves
 
 
@@ -94,11 +94,6 @@ def _fold_now(structure: Structure, shape: Shape, x: torch.Tensor) -> TypeGuard[
     return x.numel() // x.shape[-1] >= _LEAST_TOKENS and folds_into_blocks(structure, shape, x.device, x.dtype)
 
 
-def _sums_blocks_fast(structure: Diagonal, shape: Shape, x: torch.Tensor) -> bool:
-    """Whether the gradient of a layer's blocks takes less than that of its dense weight; ATen is slow with small blocks."""
-    return structure.group >= _LEAST_ATEN_BLOCK or triton_product(block_size(structure, shape), x.device, x.dtype) is not None
-
-
 def forward(
     structure: Structure,
     x: torch.Tensor,
@@ -150,6 +145,9 @@ def input_gradient(
         # S.T is block-sparse too: the forward kernel on the transposed blocks.
         transposed, blocks, index = block_aten.transpose(structure, values, topology, grad.shape[1], in_features)
         return forward(transposed, grad, blocks, index, None, None, None, in_features)
+    if isinstance(structure, Diagonal) and has_native_kernel(structure, grad.device, grad.dtype):
+        turned, offsets = diagonal_transpose(values, topology, shape)
+        return forward(Diagonal(), grad, turned, offsets, None, None, None, in_features)
     return format_of(structure).input_gradient(structure, grad, values, topology, in_features)
 
 
@@ -157,7 +155,7 @@ def value_gradient(
     structure: Structure, grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
     """The active entries of `grad.T @ x` for `grad` [tokens, out] and `x` [tokens, in]."""
-    if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x) and _sums_blocks_fast(structure, shape, x):
+    if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x):
         tables = block_tables(structure, topology, shape)
         grad, x = grad.index_select(1, inverse(tables.output_permutation)), x.index_select(1, tables.input_permutation)
         gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology)
@@ -165,6 +163,9 @@ def value_gradient(
     product = triton_product(structure, grad.device, grad.dtype)
     if product is not None:
         return product.value_gradient(structure, grad, x, values, topology)
+    if isinstance(structure, Block) and x.dtype == grad.dtype and has_native_kernel(structure, grad.device, grad.dtype):
+        gradient = torch.ops.padst_native.block_value_gradient(grad, x, *topology, structure.rows, structure.columns)
+        return gradient.to(values.dtype)  # type: ignore[no-any-return]  # a tensor
     return format_of(structure).value_gradient(structure, grad, x, values, topology)
 
 

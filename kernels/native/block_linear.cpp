@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "block_matrix.h"
 #include "checks.h"
 #include "epilogue.h"
 #include "kernels.h"
@@ -20,22 +21,6 @@ namespace {
 template <typename C>
 constexpr int64_t kTokenTile = MicroKernel<C>::kPairs ? 64 : 32;
 
-struct BlockMatrix {
-  int64_t in_features, out_features, block_rows, rows, columns;  // rows x columns: size of one block
-  const int32_t* row_pointers;
-  const int32_t* block_columns;
-
-  int64_t blocks() const {
-    return row_pointers[block_rows];
-  }
-  int64_t height(int64_t block_row) const {
-    return std::min(rows, out_features - block_row * rows);
-  }
-  int64_t width(int64_t block_column) const {
-    return std::min(columns, in_features - block_column * columns);
-  }
-};
-
 // Whether values are interleaved already: [blocks, block columns / 2, block rows, 2].
 bool is_interleaved(const at::Tensor& values) {
   return values.dim() == 4;
@@ -48,20 +33,9 @@ BlockMatrix describe(
   TORCH_CHECK(
       (values.dim() == 3 || (interleaved && values.size(3) == 2)) && values.size(1) > 0 && values.size(2) > 0,
       "values must be [blocks, block columns, block rows], or interleaved, got ", values.sizes());
-  const BlockMatrix s{
-      in_features,    out_features,                            ceil_div(out_features, values.size(2)),
-      values.size(2), values.size(1) * (interleaved ? 2 : 1),  int32_pointer(row_pointers, "row_pointers"),
-      int32_pointer(columns, "columns")};
   TORCH_CHECK(columns.numel() == values.size(0), "columns has ", columns.numel(), " entries for ", values.size(0), " blocks");
-  TORCH_CHECK(
-      row_pointers.numel() == s.block_rows + 1, "row_pointers has ", row_pointers.numel(), " entries for ", s.block_rows,
-      " block rows");
-  check_indices(s.block_columns, columns.numel(), ceil_div(s.in_features, s.columns), "columns");
-  TORCH_CHECK(s.row_pointers[0] == 0 && s.blocks() == columns.numel(), "row_pointers must run from 0 to the number of blocks");
-  for (int64_t r = 0; r < s.block_rows; ++r) {
-    TORCH_CHECK(s.row_pointers[r] <= s.row_pointers[r + 1], "row_pointers must not decrease");
-  }
-  return s;
+  const int64_t width = values.size(1) * (interleaved ? 2 : 1);
+  return describe_blocks(in_features, out_features, values.size(2), width, row_pointers, columns);
 }
 
 // The blocks of S as the micro-kernel for C reads them.

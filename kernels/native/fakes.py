@@ -12,6 +12,7 @@ def register(library: str) -> None:
     """Give the ops of a loaded library their fake implementations."""
     torch.library.register_fake(f"{library}::interleave_blocks", _fake_interleave_blocks)
     torch.library.register_fake(f"{library}::block_linear", _fake_block_linear)
+    torch.library.register_fake(f"{library}::block_value_gradient", _fake_block_value_gradient)
     torch.library.register_fake(f"{library}::nm_linear", _fake_nm_linear)
     torch.library.register_fake(f"{library}::diagonal_linear", _fake_diagonal_linear)
 
@@ -44,6 +45,12 @@ def _fake_block_linear(
     token_tile: int = 0,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_block_value_gradient(
+    grad: torch.Tensor, x: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, block_rows: int, block_columns: int
+) -> torch.Tensor:
+    return x.new_empty((columns.shape[0], block_columns, block_rows))
 
 
 def _fake_nm_linear(

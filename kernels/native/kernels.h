@@ -31,6 +31,11 @@ at::Tensor block_linear(
     const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
     const std::optional<at::Tensor>& residual, int64_t token_tile);
 
+// The gradient of the values of block_linear: grad [tokens, out_features], x [tokens, in_features], permuted like S.
+at::Tensor block_value_gradient(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& row_pointers, const at::Tensor& columns, int64_t block_rows,
+    int64_t block_columns);
+
 // Tokens in a panel. The two kernels below can leave their activations to each other in feature-major panels, see panels.h:
 // panels_of says that x is such, of tokens with these sizes; to_panels asks for such a result.
 int64_t panel_tokens();

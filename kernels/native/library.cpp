@@ -21,6 +21,10 @@ TORCH_LIBRARY(padst_native, m) {
       "Tensor? residual=None, int token_tile=0) -> Tensor",
       tags);
   m.def(
+      "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns) -> "
+      "Tensor",
+      tags);
+  m.def(
       "nm_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
       "Tensor? output_permutation, int out_features, int n, int m, str activation=\"none\", Tensor? residual=None, "
       "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
@@ -35,6 +39,7 @@ TORCH_LIBRARY(padst_native, m) {
 TORCH_LIBRARY_IMPL(padst_native, CPU, m) {
   m.impl("interleave_blocks", &padst::interleave_blocks);
   m.impl("block_linear", &padst::block_linear);
+  m.impl("block_value_gradient", &padst::block_value_gradient);
   m.impl("nm_linear", &padst::nm_linear);
   m.impl("diagonal_linear", &padst::diagonal_linear);
 }

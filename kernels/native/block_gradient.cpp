@@ -1,0 +1,153 @@
+// The gradient of a block-sparse weight: for every active block, x.T grad over its inputs and outputs, and nothing else.
+//
+// Tokens are taken in tiles. Of each, x is transposed to feature-major and a block row's part of grad is made contiguous; both
+// are then operands of one GEMM per active block, which adds to the block's gradient.
+#include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
+
+#include "block_matrix.h"
+#include "checks.h"
+#include "kernels.h"
+#include "micro_kernel.h"
+#include "partition.h"
+#include "rows.h"
+#include "transpose.h"
+
+namespace padst {
+namespace {
+
+// Tokens per tile: enough that a GEMM does more than add to its result, few enough that a tile of x stays in L2.
+constexpr int64_t kGradientTile = 256;
+
+// A tile of x, feature-major: [features, stride]; zeros for a token that an odd number of them lacks.
+template <typename T, typename C>
+class TransposedTile {
+ public:
+  explicit TransposedTile(int64_t features)
+      : features_(features), stride_(kGradientTile + kCacheLine / sizeof(C)), scratch_(features * stride_) {}
+
+  void load(const T* x, int64_t tokens) {
+    at::parallel_for(0, ceil_div(features_, kLanes), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t square = begin; square < end; ++square) {
+        for (int64_t t = 0; t < round_up(tokens, MicroKernel<C>::kStep); t += kLanes) {
+          load_square(x, tokens, square * kLanes, t);
+        }
+      }
+    });
+  }
+
+  const C* feature(int64_t f) const {
+    return scratch_.data() + f * stride_;
+  }
+  int64_t stride() const {
+    return stride_;
+  }
+
+ private:
+  void load_square(const T* x, int64_t tokens, int64_t f, int64_t t) {
+    const int64_t width = std::min<int64_t>(kLanes, features_ - f);
+    Vec square[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      square[i] = t + i < tokens ? load_some(x + (t + i) * features_ + f, width) : Vec{};
+    }
+    transpose(square);
+    for (int64_t i = 0; i < width; ++i) {
+      store(square[i], scratch_.data() + (f + i) * stride_ + t);
+    }
+  }
+
+  int64_t features_, stride_;
+  Scratch<C> scratch_;
+};
+
+// The outputs of one block row for a tile of tokens, as the micro-kernel reads its right operand: [tokens, rows], 16-bit ones
+// in pairs of tokens.
+template <typename T, typename C>
+class GradientPanel {
+ public:
+  explicit GradientPanel(int64_t rows)
+      : rows_(rows), panel_(kGradientTile * rows), converted_(MicroKernel<C>::kPairs ? 2 * rows : 0) {}
+
+  void load(const T* grad, int64_t stride, int64_t tokens, int64_t height) {
+    if constexpr (MicroKernel<C>::kPairs) {
+      for (int64_t t = 0; t < tokens; t += 2) {
+        const T* odd = t + 1 < tokens ? grad + (t + 1) * stride : zeros(height);
+        interleave(grad + t * stride, odd, height, panel_.data() + t * rows_);
+      }
+    } else {
+      for (int64_t t = 0; t < tokens; ++t) {
+        convert(grad + t * stride, height, panel_.data() + t * rows_);
+      }
+    }
+  }
+
+  const C* data() const {
+    return panel_.data();
+  }
+
+ private:
+  const C* zeros(int64_t height) {
+    std::fill_n(converted_.data(), height, C(0.0f));
+    return converted_.data();
+  }
+
+  int64_t rows_;
+  Scratch<C> panel_, converted_;
+};
+
+// T: dtype of x and grad. C: dtype of the micro-kernel, float where there is none for T. values: [blocks, columns, rows], zero.
+template <typename T, typename C>
+void accumulate(const BlockMatrix& s, const T* grad, const T* x, int64_t tokens, float* values) {
+  TransposedTile<T, C> inputs(s.in_features);
+  for (int64_t first = 0; first < tokens; first += kGradientTile) {
+    const int64_t count = std::min(kGradientTile, tokens - first);
+    inputs.load(x + first * s.in_features, count);
+    at::parallel_for(0, s.block_rows, 1, [&](int64_t begin, int64_t end) {
+      const MicroKernelScope<C> scope;
+      GradientPanel<T, C> outputs(s.rows);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t height = s.height(row);
+        outputs.load(grad + first * s.out_features + row * s.rows, s.out_features, count, height);
+        for (int64_t block = s.row_pointers[row]; block < s.row_pointers[row + 1]; ++block) {
+          const int64_t column = s.block_columns[block];
+          MicroKernel<C>::multiply(
+              s.width(column), height, round_up(count, MicroKernel<C>::kStep), inputs.feature(column * s.columns), inputs.stride(),
+              outputs.data(), s.rows, values + block * s.columns * s.rows, s.rows, true);
+        }
+      }
+    });
+  }
+}
+
+template <typename T>
+void accumulate_any(const BlockMatrix& s, const at::Tensor& grad, const at::Tensor& x, float* values) {
+  const auto kernel = has_micro_kernel<T>() ? accumulate<T, T> : accumulate<T, float>;
+  kernel(s, grad.const_data_ptr<T>(), x.const_data_ptr<T>(), x.size(0), values);
+}
+
+}  // namespace
+
+at::Tensor block_value_gradient(
+    const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& row_pointers, const at::Tensor& columns,
+    int64_t block_rows, int64_t block_columns) {
+  TORCH_CHECK(grad_in.dim() == 2 && x_in.dim() == 2, "grad and x must be [tokens, features]");
+  TORCH_CHECK(grad_in.device().is_cpu() && x_in.device().is_cpu(), "grad and x must be on the CPU");
+  TORCH_CHECK(grad_in.size(0) == x_in.size(0), "grad has ", grad_in.size(0), " tokens, x has ", x_in.size(0));
+  TORCH_CHECK(grad_in.scalar_type() == x_in.scalar_type(), "x is ", x_in.scalar_type(), " but grad is ", grad_in.scalar_type());
+  TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "no micro-kernel for ", x_in.scalar_type(), " here");
+  TORCH_CHECK(
+      block_rows > 0 && block_columns > 0 && x_in.size(1) > 0 && grad_in.size(1) > 0, "blocks and features must not be empty");
+  const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
+  const BlockMatrix s = describe_blocks(x.size(1), grad.size(1), block_rows, block_columns, row_pointers, columns);
+  at::Tensor values = at::zeros({s.blocks(), block_columns, block_rows}, x.options().dtype(at::kFloat));
+  if (x.scalar_type() == at::kFloat) {
+    accumulate_any<float>(s, grad, x, values.mutable_data_ptr<float>());
+  } else if (x.scalar_type() == at::kBFloat16) {
+    accumulate_any<at::BFloat16>(s, grad, x, values.mutable_data_ptr<float>());
+  } else {
+    accumulate_any<at::Half>(s, grad, x, values.mutable_data_ptr<float>());
+  }
+  return values.to(x.scalar_type());
+}
+
+}  // namespace padst

@@ -1,0 +1,150 @@
+"""Gradients on the CPU by the C++ kernels: of the values of blocks, and of the inputs of diagonals by their transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from padst_compile.kernels import dispatch, native
+from padst_compile.kernels.diagonal.transpose import transpose
+from padst_compile.structures import Block, Diagonal, Shape, Topology
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = (Shape(64, 96), Shape(33, 131), Shape(131, 33), Shape(7, 300))
+
+needs_blocks = pytest.mark.skipif(
+    not (native.load() and native.supports("block", torch.float32)), reason="no micro-kernel for block layers"
+)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def size(shape: Shape) -> tuple[int, int]:
+    return shape.out_features, shape.in_features
+
+
+def block_gradient(structure: Block, grad: torch.Tensor, x: torch.Tensor, topology: Topology) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.padst_native.block_value_gradient(grad, x, *topology, structure.rows, structure.columns)
+    return result
+
+
+def check(structure: Block, shape: Shape, dtype: torch.dtype, tokens: int) -> None:
+    """Within the error bound of a float32 dot product over the tokens (Higham, section 3.1) and one rounding to the dtype."""
+    topology = structure.choose(torch.rand(size(shape)), 0.5)
+    grad, x = torch.randn(tokens, shape.out_features).to(dtype), torch.randn(tokens, shape.in_features).to(dtype)
+    found = block_gradient(structure, grad, x, topology)
+    exact = structure.pack(grad.double().T @ x.double(), topology)
+    magnitude = structure.pack(grad.double().abs().T @ x.double().abs(), topology)
+    unit = torch.finfo(torch.float32).eps / 2
+    bound = (tokens + 2) * unit / (1 - (tokens + 2) * unit) * magnitude
+    bound = bound + (exact.abs() + bound) * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).smallest_normal
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@needs_blocks
+@pytest.mark.usefixtures("poisoned_memory", "threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", [Block(64), Block(16), Block((5, 7)), Block((32, 8))], ids=lambda s: s.to_string())
+def test_the_gradient_of_block_values(structure: Block, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        if structure.grid(shape) == (1, 1):
+            continue  # nothing to choose
+        for tokens in (0, 1, 2, 15, 16, 33):
+            check(structure, shape, dtype, tokens)
+
+
+@needs_blocks
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [255, 256, 257, 600])
+def test_more_tokens_than_a_tile_holds(dtype: torch.dtype, tokens: int) -> None:
+    check(Block(16), Shape(48, 40), dtype, tokens)
+
+
+@needs_blocks
+def test_padding_gets_no_gradient() -> None:
+    """The part of a ragged block beyond the matrix."""
+    structure, shape = Block(16), Shape(20, 24)
+    topology = structure.choose(torch.ones(size(shape)), 0.0)
+    gradient = block_gradient(structure, torch.randn(5, 20), torch.randn(5, 24), topology)
+    inside = structure.pack(torch.ones(size(shape)), topology).bool()
+    assert bool(gradient[inside].all())
+    assert not bool(gradient[~inside].any())
+
+
+@needs_blocks
+def test_block_rows_without_blocks() -> None:
+    structure, shape = Block(8), Shape(32, 16)
+    mask = torch.zeros(size(shape))
+    mask[8:16, :8] = 1
+    topology = structure.choose(mask, 7 / 8)
+    grad, x = torch.arange(96.0).reshape(3, 32), torch.arange(48.0).reshape(3, 16)
+    assert torch.equal(block_gradient(structure, grad, x, topology), structure.pack(grad.T @ x, topology))
+
+
+@needs_blocks
+def test_inputs_that_are_not_contiguous() -> None:
+    structure = Block(8)
+    topology = structure.choose(torch.rand(24, 16), 0.5)
+    grad, x = torch.arange(120.0).reshape(24, 5).T, torch.arange(160.0).reshape(10, 16)[::2]
+    assert torch.equal(block_gradient(structure, grad, x, topology), structure.pack(grad.T @ x, topology))
+
+
+@needs_blocks
+def test_opcheck() -> None:
+    structure = Block(8)
+    topology = structure.choose(torch.rand(24, 16), 0.5)
+    arguments = (torch.randn(5, 24), torch.randn(5, 16), *topology, 8, 8)
+    torch.library.opcheck(
+        torch.ops.padst_native.block_value_gradient.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_blocks
+@pytest.mark.parametrize(
+    ("grad", "x", "message"),
+    [
+        (torch.randn(2, 5, 24), torch.randn(5, 16), r"must be \[tokens, features\]"),
+        (torch.randn(4, 24), torch.randn(5, 16), "4 tokens"),
+        (torch.randn(5, 24).half(), torch.randn(5, 16), "but grad is"),
+        (torch.randn(5, 24).double(), torch.randn(5, 16).double(), "no micro-kernel"),
+        (torch.randn(5, 99), torch.randn(5, 16), "row_pointers has"),
+        (torch.randn(5, 24), torch.randn(5, 4), "index outside"),
+    ],
+)
+def test_wrong_operands_are_refused(grad: torch.Tensor, x: torch.Tensor, message: str) -> None:
+    topology = Block(8).choose(torch.eye(24, 16), 0.5)
+    with pytest.raises(RuntimeError, match=message):
+        block_gradient(Block(8), grad, x, topology)
+
+
+@pytest.mark.parametrize("shape", [Shape(12, 12), Shape(12, 7), Shape(7, 12), Shape(1, 1)])
+def test_diagonals_transposed_are_the_transpose(shape: Shape) -> None:
+    structure = Diagonal()
+    topology = structure.choose(torch.rand(size(shape)), 0.0 if shape == Shape(1, 1) else 0.6)
+    values = structure.pack(torch.arange(1.0, shape.out_features * shape.in_features + 1).reshape(size(shape)), topology)
+    turned, offsets = transpose(values, topology, shape)
+    back = Shape(shape.in_features, shape.out_features)
+    assert structure.check_topology(offsets, back) is None
+    assert torch.equal(structure.unpack(turned, offsets, back), structure.unpack(values, topology, shape).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [Shape(12, 12), Shape(12, 7), Shape(7, 12)])
+def test_the_gradient_of_a_diagonal_layers_inputs(shape: Shape, dtype: torch.dtype) -> None:
+    structure = Diagonal()
+    topology = structure.choose(torch.rand(size(shape)), 0.6)
+    values = structure.pack(torch.randint(-4, 5, size(shape)).to(dtype), topology)
+    grad = torch.randint(-4, 5, (3, shape.out_features)).to(dtype)
+    found = dispatch.input_gradient(structure, grad, values, topology, shape.in_features)
+    assert torch.equal(found, grad @ structure.unpack(values, topology, shape))
