@@ -157,6 +157,21 @@ class TestEdges:
         ).shape == (0, 16, 16)
 
 
+def test_offsets_beyond_31_bits(triton_device: torch.device) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 GiB of which only a few pages are touched
+    structure, shape, far = Block(16), Shape(16, 16), 1 << 31
+    layer = TritonLayer.random(structure, shape, torch.float16, triton_device, sparsity=0.0)
+    memory = torch.empty(far + 16, dtype=torch.float16, device=triton_device)
+    x = memory.as_strided((2, 16), (far, 1)).copy_(layer.random_input(2))
+    layer.check(x)
+    weight = weight_of(layer)
+    found = PRODUCT.input_gradient(structure, x, layer.values, layer.topology, 16)
+    assert_within(found, x.double() @ weight, x.double().abs() @ weight.abs() * sum_error(16))
+    found = PRODUCT.value_gradient(structure, x, x, layer.values, layer.topology)
+    exact, size = x.double().T @ x.double(), x.double().abs().T @ x.double().abs()
+    assert_within(found, structure.pack(exact, layer.topology), structure.pack(size, layer.topology) * sum_error(2))
+
+
 # A block cut into parts along both sides, with more stages than steps; and tiles larger than what there is.
 TILES = (Tile(16, 16, 16, 1, 4, 2), Tile(32, 16, 32, 3, 4, 3), Tile(64, 64, 16, 8, 8, 3), Tile(16, 128, 128, 8, 4, 5))
 

@@ -1,0 +1,54 @@
+"""The passes lower to the Triton ops as they do to the C++ ones, and fuse into them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import padst_compile as padst
+from padst_compile.passes.choose_kernels import ChooseKernels
+from padst_compile.passes.fuse_activation import FuseActivation
+from padst_compile.passes.fuse_residual import FuseResidual
+from padst_compile.passes.graph import argument
+from padst_compile.passes.native_calls import is_native_linear
+from padst_compile.structures import NM, Block, Diagonal, Structure
+from padst_compile.testing.capture import capture
+
+STRUCTURES = (Block(16), NM(1, 4), Diagonal())
+
+
+class Branch(nn.Module):
+    """A layer with what kernels can do behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.layer(x)) + x
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.to_string())
+def test_products_run_on_triton_with_their_epilogue(structure: Structure, inference: bool, triton_device: torch.device) -> None:
+    torch.manual_seed(0)
+    sparsity = structure.natural_sparsity() or 0.5
+    model = padst.sparsify(Branch(), padst.SparsitySpec(structure, sparsity)).to(triton_device)
+    x = torch.randn(5, 32, device=triton_device)
+    with torch.set_grad_enabled(not inference):
+        facts = capture(model, x).context(inference=inference)
+        choose = ChooseKernels("sparse")
+        for rule in (choose, FuseActivation(), FuseResidual()):
+            rule.run(facts)
+        facts.module.recompile()
+        assert [decision.choice.kernel for decision in choose.decisions] == ["triton"]
+        calls = [node for node in facts.module.graph.nodes if is_native_linear(node)]
+        assert len(calls) == (1 if inference else 0)
+        for call in calls:
+            assert call.target.namespace == "padst_triton"
+            assert argument(call, "activation") == "gelu" and argument(call, "residual") is not None
+            assert choose.decisions[0].fused[-2:] == ("activation", "residual")
+        result = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)(x)
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
