@@ -69,6 +69,8 @@ class Extras:
 
     def laid_out_like(self, y: torch.Tensor) -> Extras:
         """The same with gate and residual in the strides of `y` [tokens, out_features]; copied where they have others."""
+        if self.gate is None and self.residual is None:
+            return self
         return dataclasses.replace(self, gate=_laid_out_like(y, self.gate), residual=_laid_out_like(y, self.residual))
 
 

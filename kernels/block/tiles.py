@@ -7,6 +7,7 @@ hold, or sums that its registers do not. `offline.py` compiles what remains and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -25,9 +26,10 @@ _ALIGNED = 16  # elements: what Triton asks of sizes and strides before it copie
 _MOST_POINTERS = 32  # of inputs, per thread, two registers each
 
 
+@functools.lru_cache(maxsize=4096)  # asked for at every call
 def default_tile(problem: Problem) -> Tile:
     """A tile that is never bad, for a problem of a block kernel."""
-    return next(iter(tiles(problem)))
+    return tiles(problem)[0]
 
 
 def tiles(problem: Problem) -> tuple[Tile, ...]:

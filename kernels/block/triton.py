@@ -416,7 +416,7 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
         "DEPTH": tile.depth,
         "GROUP": tile.group,
     }
-    programs = triton.cdiv(tokens, tile.tokens) * row_count * triton.cdiv(rows, tile.outputs)
+    programs = -(-tokens // tile.tokens) * row_count * -(-rows // tile.outputs)
     return Launch(block_linear_kernel, (programs,), arguments, tile.warps, tile.stages)
 
 
@@ -486,7 +486,7 @@ def value_gradient_launch(
 
 
 def _tiles_per_block(structure: Block, tile: Tile) -> int:
-    return triton.cdiv(structure.columns, tile.depth) * triton.cdiv(structure.rows, tile.outputs)
+    return -(-structure.columns // tile.depth) * -(-structure.rows // tile.outputs)
 
 
 def _describable(x: torch.Tensor, blocks: Blocks, extras: Extras) -> bool:

@@ -236,7 +236,7 @@ def mlp_launch(
         "WIDTH": hidden_side,
         "GROUP": tile.group,
     }
-    programs = triton.cdiv(tokens, tile.tokens) * row_count * triton.cdiv(rows, tile.outputs)
+    programs = -(-tokens // tile.tokens) * row_count * -(-rows // tile.outputs)
     return Launch(block_mlp_kernel, (programs,), arguments, tile.warps, tile.stages)
 
 

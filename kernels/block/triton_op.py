@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from padst_compile.kernels.block import aten
@@ -112,7 +114,12 @@ def _structure(
     blocks, width, rows = values.shape
     if blocks and not (width and rows):
         raise RuntimeError(f"values must be [blocks, columns, rows], got {tuple(values.shape)}")
-    structure = Block((max(rows, 1), max(width, 1)))
+    structure = _block(max(rows, 1), max(width, 1))
     check_index("row_pointers", row_pointers, x.device, -(-out_features // structure.rows) + 1)
     check_index("columns", columns, x.device, blocks)
     return structure
+
+
+@functools.cache
+def _block(rows: int, columns: int) -> Block:
+    return Block((rows, columns))
