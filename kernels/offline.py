@@ -31,7 +31,7 @@ from padst_compile.kernels.offline_case import DEVICES, Case, Target
 Golden: TypeAlias = dict[str, dict[str, str]]
 
 # Modules with a function `offline_cases(target)`.
-MODULES = ("padst_compile.kernels.block.offline_cases",)
+MODULES = tuple(f"padst_compile.kernels.{kind}.offline_cases" for kind in ("block", "nm", "diagonal"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,11 @@ def tiles(problem: Problem) -> list[Tile]:
     """All tiles worth timing; each of them is right for every size."""
     if problem.kernel == "diagonal_value_gradient":
         shapes = ((8, 64, 8), (16, 32, 8), (16, 64, 4), (32, 32, 4), (32, 64, 2), (64, 32, 2))
-        return [Tile(*shape, warps=warps, stages=2, variant="gather") for shape in shapes for warps in (4, 8)]
+        return [Tile(*shape, warps=4, stages=2, variant="gather") for shape in shapes]
+    sides = (1, 4) if problem.tokens <= 8 else (8, 16, 32, 64)
     found = [
         _tile(min(tokens, problem.tokens), outputs, warps)
-        for tokens, outputs, warps in itertools.product((1, 4, 16, 32, 64, 128), (16, 32, 64, 128), (4, 8))
+        for tokens, outputs, warps in itertools.product(sides, (32, 64, 128), (4, 8))
         if tokens * outputs <= _PRODUCTS * warps // 4
     ]
     return list(dict.fromkeys(found))

@@ -14,7 +14,9 @@ LEAST_DOT = 16  # rows, columns and depth of the smallest product of tensor core
 _LARGEST_DOT = 128  # rows of one program: accumulators of more tokens than that do not fit in registers
 _MANY_SUMS = 128 * 64  # of four warps
 _FEWEST_SUMS = 2  # of a thread
-_MOST_OPERANDS = 48  # words of a thread
+_FEWEST_TOKENS = 4  # a tile takes at least a fourth of the tokens, where these are few
+_MOST_GATHERED = 32  # inputs that a thread fetches one by one in a step
+_MOST_TOKENS = 64  # in float32, whose operands take twice the registers
 _PRODUCTS = 4096  # of one step of a gathering program: 32 accumulators for each of 128 threads
 
 
@@ -34,7 +36,7 @@ def tiles(problem: Problem) -> list[Tile]:
     found: list[Tile] = []
     if structure.vector > LEAST_DOT // 2 and problem.kernel != "nm_input_gradient":
         found += _dots(problem, structure)
-    if structure.vector < 2 * LEAST_DOT or problem.kernel == "nm_input_gradient":
+    if structure.vector < LEAST_DOT or problem.kernel == "nm_input_gradient":
         found += _gathers(problem)
     return found
 
@@ -48,8 +50,8 @@ def _structure(problem: Problem) -> NM:
 def _dot(problem: Problem, structure: NM) -> Tile:
     outputs = _rows(structure)
     if problem.kernel == "nm_value_gradient":
-        step = 64 if _itemsize(problem) == 2 else 32
-        return Tile(tokens=step, outputs=outputs, depth=64, variant="dot")
+        side = 64 if _itemsize(problem) == 2 else 32
+        return Tile(tokens=side, outputs=outputs, depth=side, variant="dot")
     # Inputs that are gathered one by one pass through registers, which exact float32 products need for themselves.
     wide = problem.layout.startswith("feature") and _itemsize(problem) == 2
     tokens = max(LEAST_DOT, min(problem.tokens, 128 if wide else 64))
@@ -57,26 +59,43 @@ def _dot(problem: Problem, structure: NM) -> Tile:
 
 
 def _dots(problem: Problem, structure: NM) -> list[Tile]:
-    most_tokens, rows = max(LEAST_DOT, problem.tokens), _rows(structure)
+    rows, depths = _rows(structure), (32, 64) if _itemsize(problem) == 2 else (32,)
     found = []
-    for tokens, depth, warps, stages in itertools.product((16, 32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4, 5)):
-        tile = Tile(tokens, rows, depth, warps=warps, stages=stages, variant="dot")
-        if tokens <= most_tokens and _fits(problem, tile):
-            found.append(tile)
+    for tokens, depth, stages in itertools.product((16, 32, 64, 128, 256), depths, (2, 3, 4)):
+        sums = rows * (depth if problem.kernel == "nm_value_gradient" else tokens)
+        for warps in (4,) if sums < _MANY_SUMS else (4, 8):
+            tile = Tile(tokens, rows, depth, warps=warps, stages=stages, variant="dot")
+            if _FEWEST_TOKENS * tokens >= min(problem.tokens, 128) and tokens <= max(LEAST_DOT, problem.tokens):
+                found += [tile] if _fits(problem, tile) else []
     return found or [_dot(problem, structure)]
+
+
+def step_bytes(problem: Problem, tile: Tile) -> int:
+    """Bytes of the two tiles that one step of a `dot` multiplies."""
+    inputs, outputs = _operands(problem, tile)
+    return (inputs + outputs) * _itemsize(problem)
 
 
 def _fits(problem: Problem, tile: Tile) -> bool:
     """Whether the pipeline of a `dot` fits into shared memory, and what a thread holds at once into its registers."""
-    size, threads = _itemsize(problem), tile.warps * 32
-    side, inner = (tile.depth, tile.tokens) if problem.kernel == "nm_value_gradient" else (tile.tokens, tile.depth)
-    sums, operands = side * tile.outputs // threads, (side + tile.outputs) * inner * size // 4 // threads
-    if (side + tile.outputs) * inner * size * tile.stages > triton_limits.limits_of(problem.device).shared_bytes:
+    threads, single = tile.warps * 32, problem.dtype == "float32"
+    if step_bytes(problem, tile) * tile.stages > triton_limits.limits_of(problem.device).shared_bytes:
         return False
-    # Tensor cores read operands from shared memory; exact float32 products, and inputs gathered one by one, from registers.
-    in_registers = size == 4 or not problem.layout.startswith("feature")
+    one_by_one = not problem.layout.startswith("feature")  # with an address for each input
+    if one_by_one and (_operands(problem, tile)[0] > _MOST_GATHERED * threads or (single and tile.tokens > _MOST_TOKENS)):
+        return False
+    if single and problem.kernel == "nm_value_gradient" and tile.tokens > _MOST_TOKENS // 2:
+        return False
+    sums = (tile.depth if problem.kernel == "nm_value_gradient" else tile.tokens) * tile.outputs // threads
     most_sums = triton_limits.sums_per_thread(problem) // 2  # the rest is for addresses and the epilogue
-    return _FEWEST_SUMS <= sums <= most_sums and (not in_registers or operands <= _MOST_OPERANDS)
+    return _FEWEST_SUMS <= sums <= most_sums
+
+
+def _operands(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """Entries of the tile of inputs and of the other one that one step multiplies."""
+    if problem.kernel == "nm_value_gradient":
+        return tile.depth * tile.tokens, tile.outputs * tile.tokens
+    return tile.tokens * tile.depth, tile.outputs * tile.depth
 
 
 def _gather(tokens: int, outputs: int, warps: int) -> Tile:
@@ -87,11 +106,11 @@ def _gather(tokens: int, outputs: int, warps: int) -> Tile:
 def _gathers(problem: Problem) -> list[Tile]:
     if problem.kernel == "nm_value_gradient":
         shapes = ((16, 8, 32), (16, 16, 16), (32, 8, 16), (64, 8, 8), (64, 4, 16))
-        return [Tile(*shape, warps=warps, stages=2, variant="gather") for shape in shapes for warps in (4, 8)]
-    most_tokens = min(problem.tokens, 128)
+        return [Tile(*shape, warps=4, stages=2, variant="gather") for shape in shapes]
+    sides = (1, 8) if problem.tokens <= 8 else (16, 32, 64, 128)
     found = [
-        _gather(min(tokens, most_tokens), outputs, warps)
-        for tokens, outputs, warps in itertools.product((1, 8, 32, 64, 128), (8, 16, 32, 64), (4, 8))
+        _gather(min(tokens, problem.tokens), outputs, warps)
+        for tokens, outputs, warps in itertools.product(sides, (16, 32, 64), (4, 8))
         if tokens * outputs <= _PRODUCTS * warps // 4
     ]
     return list(dict.fromkeys(found))
