@@ -32,7 +32,6 @@ T, K, N, A, R, e, t, n, d, F, V, U, B, C, S, L = sympy.symbols("T K N A R e t n 
 _BLOCK_EFFICIENCY = sympy.Rational(3, 4) * R / (R + 16)
 _GATHER_EFFICIENCY = sympy.Rational(1, 3)
 _BATCHED_EFFICIENCY = sympy.Rational(3, 10)  # gather and batched product through ATen, relative to a block kernel
-_CALL_TOKENS = 4  # what a call of the CPU's micro-kernel costs besides its work, in tokens
 
 _SPARSE_BYTES = e * (T * K + A + T * N)
 
@@ -45,8 +44,11 @@ UNPACKED = DENSE + 2 * e * K * N / B
 
 _TILES = sympy.ceiling(T / t)
 _SCRATCH = t * (e * K + 4 * N) + e * A
-CPU_TILE = L + 2 * T * A * (1 + _CALL_TOKENS / t) / (_BLOCK_EFFICIENCY * F) + _TILES * (e * A + sympy.Max(0, _SCRATCH - S)) / C
-"""A block product on a CPU: every tile of tokens reads all weights, and what does not fit in the cache once more."""
+_OVERFLOW = sympy.Max(0, _SCRATCH - S)
+CPU_TILE = L + 2 * T * A * (1 + F / V / t) / (_BLOCK_EFFICIENCY * F) + _TILES * (e * A / C + _OVERFLOW / (2 * B))
+"""A block product on a CPU. Every tile of tokens reads all weights from the cache, and what does not fit into it from the next
+one, at about twice the memory's rate. A call of the micro-kernel costs as much as a token, and more where matrix units make
+tokens cheap."""
 
 _PROGRAMS = sympy.ceiling(T / t) * sympy.ceiling(N / n)
 _DEPTH = A / N  # stored weights of one output
