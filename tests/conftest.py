@@ -26,6 +26,9 @@ os.environ.setdefault("PADST_CACHE_DIR", str(Path(__file__).resolve().parents[1]
 # Without a GPU, Triton's interpreter runs the kernels. Triton looks when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# On a GPU, references are computed there too, and `poisoned_memory` asks for deterministic algorithms: cuBLAS has them with
+# a fixed workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
