@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -44,6 +45,8 @@ class KernelChoice:
     source: Source = "asked for"
 
 
+logger = logging.getLogger(__name__)
+
 Observer = Callable[[LayerProblem, KernelChoice], None]
 
 _observers: list[Observer] = []
@@ -77,8 +80,11 @@ def observed(observer: Observer) -> Iterator[None]:
 def _find(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> Found | None:
     key, results = Key(problem, environment(problem.device)), library()
     found = results.exact(key)
-    if measures(effort) and not _capturing():
-        return found if _good_enough(found, effort) else _tune(key, problem, runs, effort)
+    if measures(effort) and not _good_enough(found, effort) and not _capturing():
+        try:
+            found = _tune(key, problem, runs, effort)
+        except torch.OutOfMemoryError:
+            logger.warning("%s at %d tokens is not tuned: the device is out of memory", problem.structure, problem.tokens)
     return found or results.near(key)
 
 

@@ -15,6 +15,7 @@ from padst_compile.autotune.machine import cpu_cache_bytes
 
 _HOPELESS = 3.0  # times slower than the fastest: one run says it all
 _FLUSH = 2  # times the size of the cache
+_LAUNCH_CYCLES = 400_000  # about 0.2 ms: longer than it takes to launch a product
 
 
 def interleaved_medians(
@@ -96,7 +97,8 @@ def _time_once(run: Callable[[], Any]) -> float:
 
 
 def _time_on_gpu(run: Callable[[], Any]) -> float:
-    """Seconds on the GPU: the flush before it keeps the GPU busy while the CPU launches."""
+    """Seconds on the GPU, which is kept busy until the CPU has launched everything: what a CUDA graph would take."""
+    torch.cuda._sleep(_LAUNCH_CYCLES)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()

@@ -37,7 +37,8 @@ def tune_layer(problem: LayerProblem, runs: Mapping[Kernel, Run], effort: Effort
     """
     candidates: dict[Candidate, Run] = {}
     for kernel in problem.kernels:
-        best = {launch: _best_tile(launch, runs[kernel], effort) for launch in launches_of(runs[kernel])}
+        launches = [] if kernel == "dense" else launches_of(runs[kernel])
+        best = {launch: _best_tile(launch, runs[kernel], effort) for launch in launches}
         candidates[Candidate(kernel)] = _within(default_tiles, runs[kernel])
         if any(best.values()):
             first, tile = next(iter(best.items()))

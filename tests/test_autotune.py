@@ -232,6 +232,15 @@ def test_what_fails_with_its_default_is_not_hidden() -> None:
         choose_kernel(PROBLEM, lambda: {"native": broken, "dense": lambda: None})
 
 
+def test_a_device_without_memory_for_measurements_compiles_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    def runs() -> Any:
+        raise torch.OutOfMemoryError
+
+    lookup.library().cache.write(key(at(256)), entry())
+    assert choose_kernel(PROBLEM, runs).source == "nearest bucket"
+    assert "at 128 tokens is not tuned: the device is out of memory" in caplog.text
+
+
 def test_launches_find_the_nearest_bucket_and_never_measure() -> None:
     tuned = Timing(Candidate("native_block", Tile(96, 0, 0)), 1.0)
     slow = Timing(Candidate("native_block"), 2.0)

@@ -266,7 +266,7 @@ def forked(work):
 
 def test_eight_processes_measure_a_problem_once(tmp_path: Path) -> None:
     code = _PROCESSES + (
-        "children = [forked(lambda: print(choose_kernel(problem, runs).source, flush=True)) for _ in range(8)]\n"
+        "children = [forked(lambda: os.write(1, f'{choose_kernel(problem, runs).source}\\n'.encode())) for _ in range(8)]\n"
         "sys.exit(any(os.waitpid(child, 0)[1] for child in children))\n"
     )
     log = tmp_path / "log"
