@@ -63,7 +63,7 @@ class Cache:
     def write(self, key: Key, entry: Entry) -> None:
         """Store a result, in this process and, where that is possible, in the folder."""
         self._known[key.name] = entry
-        text = json.dumps({"version": VERSION, "key": key.to_dict(), **entry.to_dict()}, indent=1)
+        text = json.dumps(stored_form(key.to_dict(), entry), indent=1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_text(self.folder / f"{key.name}.json", text + "\n")
@@ -76,6 +76,13 @@ class Cache:
         for path in sorted(self.folder.glob(f"{key.family}_t*.json")):
             stored = self._load(path)
             if stored is not None and relatives(stored[0]) == family:
+                yield stored
+
+    def results_of(self, processor: str) -> Iterator[tuple[dict[str, Any], Entry]]:
+        """Keys and results of everything that was measured on processors of a name."""
+        for path in sorted(self.folder.glob("*.json")):
+            stored = self._load(path)
+            if stored is not None and stored[0]["environment"].get("processor") == processor:
                 yield stored
 
     @contextmanager
@@ -107,6 +114,11 @@ class Cache:
             warnings.warn(message, stacklevel=2)
 
 
+def stored_form(key: dict[str, Any], entry: Entry) -> dict[str, Any]:
+    """JSON form of a result; `read_stored` reads it back."""
+    return {"version": VERSION, "key": key, **entry.to_dict()}
+
+
 def read_stored(data: Any) -> tuple[dict[str, Any], Entry]:
     """Key and result of one stored object.
 
@@ -124,6 +136,13 @@ def read_stored(data: Any) -> tuple[dict[str, Any], Entry]:
     if first.tile is not None or list(dict.fromkeys(names)) != wanted:
         raise ValueError(f"measured {', '.join(names)}, not {', '.join(wanted)} from their defaults on")
     return key, entry
+
+
+def write_shipped(path: Path, results: Iterable[tuple[dict[str, Any], Entry]]) -> int:
+    """Write results as one file of the form that the package ships; returns how many there are."""
+    forms = [stored_form(key, entry) for key, entry in results]
+    replace_text(path, json.dumps(forms, indent=1) + "\n")
+    return len(forms)
 
 
 def read_shipped(folder: Path) -> Iterable[tuple[dict[str, Any], Entry]]:

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from padst_compile.autotune.cache import cache_folder
+from padst_compile.autotune.cache import cache_folder, write_shipped
 from padst_compile.autotune.effort import BUDGETS, Effort
+from padst_compile.autotune.environment import environment
+from padst_compile.autotune.lookup import library
 from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import ModelCase, build_model
 from padst_compile.benchmarking.report import comparison_table, write_json, write_results
@@ -146,6 +148,9 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     targets: Targets = None,
     json_path: JsonPath = None,
+    export: Annotated[
+        Path | None, typer.Option(help="write all results for this device here, as the package ships them in autotune/configs")
+    ] = None,
 ) -> None:
     """Measure what runs each layer of a model fastest in inference, and keep it for all later compilations."""
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -165,6 +170,9 @@ def tune(
     if json_path is not None:
         result = {"model": model, "effort": effort, "machine": describe_machine(), "shapes": [s.to_dict() for s in shapes]}
         console.print(f"written to {write_json(result, json_path)}", soft_wrap=True)
+    if export is not None:
+        results = library().cache.results_of(environment(device).processor)
+        console.print(f"{write_shipped(export, results)} results written to {export}", soft_wrap=True)
 
 
 @app.command()

@@ -91,7 +91,8 @@ def sources(shapes: list[TunedShape]) -> str:
     for shape in shapes:
         counts[shape.choice.source] = counts.get(shape.choice.source, 0) + 1
     listed = ", ".join(f"{count} {source}" for source, count in counts.items())
-    return f"{len(shapes)} shapes of layers: {listed}" if shapes else "no sparse layer is reached with these inputs"
+    shapes_of = "shape" if len(shapes) == 1 else "shapes"
+    return f"{len(shapes)} {shapes_of} of layers: {listed}" if shapes else "no sparse layer is reached with these inputs"
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -70,6 +70,18 @@ def test_compiling_afterwards_finds_what_was_tuned() -> None:
         assert all(layer.reason.endswith("(cost model)") for layer in layers)
 
 
+def test_exported_results_can_be_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    result = run("linear:64:64", "--structure", "block:16", "--threads", "1", "--export", str(configs / "here.json"))
+    assert result.exit_code == 0, result.output
+    assert f"results written to {configs / 'here.json'}" in result.output
+    monkeypatch.setattr(lookup, "SHIPPED", configs)
+    monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path / "another user"))
+    result = run("linear:64:64", "--structure", "block:16", "--threads", "1")
+    assert "1 shape of layers: 1 shipped" in result.output
+
+
 def test_layers_of_one_shape_are_tuned_together() -> None:
     ticks: list[None] = []
     with torch.no_grad():
