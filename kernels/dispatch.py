@@ -145,9 +145,12 @@ def input_gradient(
         # S.T is block-sparse too: the forward kernel on the transposed blocks.
         transposed, blocks, index = block_aten.transpose(structure, values, topology, grad.shape[1], in_features)
         return forward(transposed, grad, blocks, index, None, None, None, in_features)
-    if isinstance(structure, Diagonal) and has_native_kernel(structure, grad.device, grad.dtype):
+    if isinstance(structure, Diagonal) and _beats_dense(structure, grad):
         turned, offsets = diagonal_transpose(values, topology, shape)
         return forward(Diagonal(), grad, turned, offsets, None, None, None, in_features)
+    if isinstance(structure, NM) and _beats_dense(structure, grad):
+        sizes = in_features, *native_sizes(structure)
+        return torch.ops.padst_native.nm_input_gradient(grad, values, *topology, *sizes)  # type: ignore[no-any-return]  # a tensor
     return format_of(structure).input_gradient(structure, grad, values, topology, in_features)
 
 
@@ -163,10 +166,28 @@ def value_gradient(
     product = triton_product(structure, grad.device, grad.dtype)
     if product is not None:
         return product.value_gradient(structure, grad, x, values, topology)
-    if isinstance(structure, Block) and x.dtype == grad.dtype and has_native_kernel(structure, grad.device, grad.dtype):
-        gradient = torch.ops.padst_native.block_value_gradient(grad, x, *topology, structure.rows, structure.columns)
-        return gradient.to(values.dtype)  # type: ignore[no-any-return]  # a tensor
+    if x.dtype == grad.dtype and _beats_dense(structure, grad):
+        return _native_value_gradient(structure, grad, x, topology).to(values.dtype)
     return format_of(structure).value_gradient(structure, grad, x, values, topology)
+
+
+def _beats_dense(structure: Structure, grad: torch.Tensor) -> bool:
+    """Whether a native kernel's gradient takes less than the dense weight's: matrix units make up for zeros in bfloat16."""
+    if not has_native_kernel(structure, grad.device, grad.dtype):
+        return False
+    return isinstance(structure, Block) or not (grad.dtype == torch.bfloat16 and native.interleaves(torch.bfloat16))
+
+
+def _native_value_gradient(structure: Structure, grad: torch.Tensor, x: torch.Tensor, topology: Topology) -> torch.Tensor:
+    ops = torch.ops.padst_native
+    match structure:
+        case Block():
+            gradient = ops.block_value_gradient(grad, x, *topology, structure.rows, structure.columns)
+        case NM():
+            gradient = ops.nm_value_gradient(grad, x, *topology, structure.n, structure.m, structure.vector)
+        case _:
+            gradient = ops.diagonal_value_gradient(grad, x, *topology)
+    return gradient  # type: ignore[no-any-return]  # a tensor
 
 
 _NATIVE_OPS = {"block": "block_linear", "nm": "nm_linear", "diagonal": "diagonal_linear"}

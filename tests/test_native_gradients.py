@@ -9,7 +9,7 @@ import torch
 
 from padst_compile.kernels import dispatch, native
 from padst_compile.kernels.diagonal.transpose import transpose
-from padst_compile.structures import Block, Diagonal, Shape, Topology
+from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (Shape(64, 96), Shape(33, 131), Shape(131, 33), Shape(7, 300))
@@ -36,11 +36,20 @@ def block_gradient(structure: Block, grad: torch.Tensor, x: torch.Tensor, topolo
     return result
 
 
-def check(structure: Block, shape: Shape, dtype: torch.dtype, tokens: int) -> None:
+def value_gradient(structure: Structure, grad: torch.Tensor, x: torch.Tensor, topology: Topology) -> torch.Tensor:
+    ops = torch.ops.padst_native
+    if isinstance(structure, Block):
+        return block_gradient(structure, grad, x, topology)
+    if isinstance(structure, NM):
+        return ops.nm_value_gradient(grad, x, *topology, structure.n, structure.m, structure.vector)  # type: ignore[no-any-return]
+    return ops.diagonal_value_gradient(grad, x, *topology)  # type: ignore[no-any-return]
+
+
+def check(structure: Structure, shape: Shape, dtype: torch.dtype, tokens: int) -> None:
     """Within the error bound of a float32 dot product over the tokens (Higham, section 3.1) and one rounding to the dtype."""
     topology = structure.choose(torch.rand(size(shape)), 0.5)
     grad, x = torch.randn(tokens, shape.out_features).to(dtype), torch.randn(tokens, shape.in_features).to(dtype)
-    found = block_gradient(structure, grad, x, topology)
+    found = value_gradient(structure, grad, x, topology)
     exact = structure.pack(grad.double().T @ x.double(), topology)
     magnitude = structure.pack(grad.double().abs().T @ x.double().abs(), topology)
     unit = torch.finfo(torch.float32).eps / 2
@@ -148,3 +157,74 @@ def test_the_gradient_of_a_diagonal_layers_inputs(shape: Shape, dtype: torch.dty
     grad = torch.randint(-4, 5, (3, shape.out_features)).to(dtype)
     found = dispatch.input_gradient(structure, grad, values, topology, shape.in_features)
     assert torch.equal(found, grad @ structure.unpack(values, topology, shape))
+
+
+needs_native = pytest.mark.skipif(not native.load(), reason=f"no native kernels: {native.unavailable_reason()}")
+ROWS = [NM(1, 10), NM(2, 7), NM(2, 4, vector=6), NM(3, 3), Diagonal()]
+
+
+def sizes(structure: Structure) -> list[Shape]:
+    """Shapes that no tile divides, and that leave an N:M group short."""
+    every = [Shape(64, 96), Shape(33, 131), Shape(131, 33), Shape(7, 300), Shape(300, 7), Shape(170, 170)]
+    if isinstance(structure, NM):
+        return [
+            s for s in every if s.in_features >= structure.m and (s.in_features % structure.m or structure.n) >= structure.n
+        ]
+    return every
+
+
+@needs_native
+@pytest.mark.usefixtures("poisoned_memory", "threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", ROWS, ids=lambda s: s.to_string())
+def test_the_gradient_of_values_of_short_rows(structure: Structure, dtype: torch.dtype) -> None:
+    for shape in sizes(structure):
+        for tokens in (0, 1, 15, 33, 65, 130):
+            check(structure, shape, dtype, tokens)
+
+
+@needs_native
+@pytest.mark.usefixtures("poisoned_memory", "threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", [s for s in ROWS if isinstance(s, NM)], ids=lambda s: s.to_string())
+def test_the_gradient_of_an_n_m_layers_inputs(structure: NM, dtype: torch.dtype) -> None:
+    """Whole numbers, on which float32 is exact, and 16-bit floats are after one rounding."""
+    for shape in sizes(structure):
+        topology = structure.choose(torch.rand(size(shape)), 0.0)
+        weight = torch.randint(-3, 4, size(shape)).to(dtype)
+        values = structure.pack(weight, topology)
+        for tokens in ((0,), (1,), (15,), (2, 33), (130,)):
+            grad = torch.randint(-3, 4, (*tokens, shape.out_features)).to(dtype)
+            arguments = (grad, values, *topology, shape.in_features, structure.n, structure.m)
+            found = torch.ops.padst_native.nm_input_gradient(*arguments)
+            dense = structure.unpack(values, topology, shape).float()
+            assert torch.equal(found, (grad.float() @ dense).to(dtype))
+
+
+@needs_native
+def test_opcheck_of_short_rows() -> None:
+    grad, x = torch.randn(5, 24), torch.randn(5, 16)
+    structure, diagonal = NM(1, 4, vector=2), Diagonal()
+    topology, offsets = structure.choose(torch.rand(24, 16), 0.75), diagonal.choose(torch.rand(24, 16), 0.75)
+    values = structure.pack(torch.randn(24, 16), topology)
+    ops, tests = torch.ops.padst_native, ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.nm_input_gradient.default, (grad, values, *topology, 16, 1, 4), test_utils=tests)
+    torch.library.opcheck(ops.nm_value_gradient.default, (grad, x, *topology, 1, 4, 2), test_utils=tests)
+    torch.library.opcheck(ops.diagonal_value_gradient.default, (grad, x, *offsets), test_utils=tests)
+
+
+@needs_native
+def test_wrong_indices_of_short_rows_are_refused() -> None:
+    grad, x, ops = torch.randn(5, 8), torch.randn(5, 8), torch.ops.padst_native
+    with pytest.raises(RuntimeError, match="stay inside their group"):
+        ops.nm_value_gradient(grad, x, torch.full((8, 2), 4, dtype=torch.uint8), 1, 4, 1)
+    with pytest.raises(RuntimeError, match="offsets must be contiguous"):
+        ops.nm_value_gradient(grad, x, torch.zeros(8, 3, dtype=torch.uint8), 1, 4, 1)
+    with pytest.raises(RuntimeError, match="positive vector"):
+        ops.nm_value_gradient(grad, x, torch.zeros(8, 2, dtype=torch.uint8), 1, 4, 0)
+    with pytest.raises(RuntimeError, match="index outside"):
+        ops.diagonal_value_gradient(grad, x, torch.tensor([8], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="ascend"):
+        ops.diagonal_value_gradient(grad, x, torch.tensor([3, 3], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="but grad is"):
+        ops.diagonal_value_gradient(grad.half(), x, torch.tensor([3], dtype=torch.int32))

@@ -11,54 +11,13 @@
 #include "micro_kernel.h"
 #include "partition.h"
 #include "rows.h"
-#include "transpose.h"
+#include "transposed_tile.h"
 
 namespace padst {
 namespace {
 
-// Tokens per tile: enough that a GEMM does more than add to its result, few enough that a tile of x stays in L2.
+// Enough tokens that a GEMM does more than add to its result, few enough that a tile of x stays in L2.
 constexpr int64_t kGradientTile = 256;
-
-// A tile of x, feature-major: [features, stride]; zeros for a token that an odd number of them lacks.
-template <typename T, typename C>
-class TransposedTile {
- public:
-  explicit TransposedTile(int64_t features)
-      : features_(features), stride_(kGradientTile + kCacheLine / sizeof(C)), scratch_(features * stride_) {}
-
-  void load(const T* x, int64_t tokens) {
-    at::parallel_for(0, ceil_div(features_, kLanes), 4, [&](int64_t begin, int64_t end) {
-      for (int64_t square = begin; square < end; ++square) {
-        for (int64_t t = 0; t < round_up(tokens, MicroKernel<C>::kStep); t += kLanes) {
-          load_square(x, tokens, square * kLanes, t);
-        }
-      }
-    });
-  }
-
-  const C* feature(int64_t f) const {
-    return scratch_.data() + f * stride_;
-  }
-  int64_t stride() const {
-    return stride_;
-  }
-
- private:
-  void load_square(const T* x, int64_t tokens, int64_t f, int64_t t) {
-    const int64_t width = std::min<int64_t>(kLanes, features_ - f);
-    Vec square[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      square[i] = t + i < tokens ? load_some(x + (t + i) * features_ + f, width) : Vec{};
-    }
-    transpose(square);
-    for (int64_t i = 0; i < width; ++i) {
-      store(square[i], scratch_.data() + (f + i) * stride_ + t);
-    }
-  }
-
-  int64_t features_, stride_;
-  Scratch<C> scratch_;
-};
 
 // The outputs of one block row for a tile of tokens, as the micro-kernel reads its right operand: [tokens, rows], 16-bit ones
 // in pairs of tokens.
@@ -98,10 +57,10 @@ class GradientPanel {
 // T: dtype of x and grad. C: dtype of the micro-kernel, float where there is none for T. values: [blocks, columns, rows], zero.
 template <typename T, typename C>
 void accumulate(const BlockMatrix& s, const T* grad, const T* x, int64_t tokens, float* values) {
-  TransposedTile<T, C> inputs(s.in_features);
+  TransposedTile<T, C> inputs(s.in_features, kGradientTile);
   for (int64_t first = 0; first < tokens; first += kGradientTile) {
     const int64_t count = std::min(kGradientTile, tokens - first);
-    inputs.load(x + first * s.in_features, count);
+    inputs.load(x + first * s.in_features, count, round_up(count, MicroKernel<C>::kStep));
     at::parallel_for(0, s.block_rows, 1, [&](int64_t begin, int64_t end) {
       const MicroKernelScope<C> scope;
       GradientPanel<T, C> outputs(s.rows);

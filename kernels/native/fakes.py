@@ -14,7 +14,10 @@ def register(library: str) -> None:
     torch.library.register_fake(f"{library}::block_linear", _fake_block_linear)
     torch.library.register_fake(f"{library}::block_value_gradient", _fake_block_value_gradient)
     torch.library.register_fake(f"{library}::nm_linear", _fake_nm_linear)
+    torch.library.register_fake(f"{library}::nm_input_gradient", _fake_nm_input_gradient)
+    torch.library.register_fake(f"{library}::nm_value_gradient", _fake_nm_value_gradient)
     torch.library.register_fake(f"{library}::diagonal_linear", _fake_diagonal_linear)
+    torch.library.register_fake(f"{library}::diagonal_value_gradient", _fake_diagonal_value_gradient)
 
 
 def _fake_row_gather(x: torch.Tensor, out_features: int, panels_of: Sequence[int] | None, to_panels: bool) -> torch.Tensor:
@@ -85,3 +88,19 @@ def _fake_diagonal_linear(
     to_panels: bool = False,
 ) -> torch.Tensor:
     return _fake_row_gather(x, out_features, panels_of, to_panels)
+
+
+def _fake_nm_input_gradient(
+    grad: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, in_features: int, n: int, m: int
+) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _fake_nm_value_gradient(
+    grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, n: int, m: int, vector: int
+) -> torch.Tensor:
+    return x.new_empty((*offsets.shape, vector))
+
+
+def _fake_diagonal_value_gradient(grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((offsets.shape[0], min(grad.shape[1], x.shape[1])))

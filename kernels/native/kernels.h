@@ -47,11 +47,21 @@ at::Tensor nm_linear(
     int64_t out_features, int64_t n, int64_t m, std::string_view activation, const std::optional<at::Tensor>& residual,
     at::OptionalIntArrayRef panels_of, bool to_panels);
 
+// grad S for such an S, and the gradient of its values; grad [.., out_features], x [tokens, in_features].
+at::Tensor nm_input_gradient(
+    const at::Tensor& grad, const at::Tensor& values, const at::Tensor& offsets, int64_t in_features, int64_t n, int64_t m);
+at::Tensor nm_value_gradient(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& offsets, int64_t n, int64_t m, int64_t vector);
+
 // S as wrapped diagonals: offsets [diagonals] ascending, values [diagonals, min(in, out)].
 at::Tensor diagonal_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
     int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual,
     at::OptionalIntArrayRef panels_of, bool to_panels);
+
+// The gradient of its values; grad [tokens, out_features], x [tokens, in_features]. That of x is the product with S.T, which
+// is a matrix of diagonals too.
+at::Tensor diagonal_value_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& offsets);
 
 }  // namespace padst

@@ -34,6 +34,9 @@ TORCH_LIBRARY(padst_native, m) {
       "Tensor? output_permutation, int out_features, str activation=\"none\", Tensor? residual=None, "
       "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
       tags);
+  m.def("nm_input_gradient(Tensor grad, Tensor values, Tensor offsets, int in_features, int n, int m) -> Tensor", tags);
+  m.def("nm_value_gradient(Tensor grad, Tensor x, Tensor offsets, int n, int m, int vector) -> Tensor", tags);
+  m.def("diagonal_value_gradient(Tensor grad, Tensor x, Tensor offsets) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(padst_native, CPU, m) {
@@ -42,4 +45,7 @@ TORCH_LIBRARY_IMPL(padst_native, CPU, m) {
   m.impl("block_value_gradient", &padst::block_value_gradient);
   m.impl("nm_linear", &padst::nm_linear);
   m.impl("diagonal_linear", &padst::diagonal_linear);
+  m.impl("nm_input_gradient", &padst::nm_input_gradient);
+  m.impl("nm_value_gradient", &padst::nm_value_gradient);
+  m.impl("diagonal_value_gradient", &padst::diagonal_value_gradient);
 }

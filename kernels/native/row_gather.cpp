@@ -3,11 +3,10 @@
 
 #include <ATen/ops/empty.h>
 
-#include <functional>
-
 #include "checks.h"
 #include "epilogue.h"
 #include "kernels.h"
+#include "structure_checks.h"
 
 namespace padst {
 namespace {
@@ -48,7 +47,6 @@ struct NmMatrix {
     }
   }
 
- private:
   // visit(slot, first input of its group); the inner loop would cost as much as the work where n is 1.
   template <typename Visit>
   void for_each_slot(Range inputs, const Visit& visit) const {
@@ -66,6 +64,7 @@ struct NmMatrix {
     }
   }
 
+ private:
   // kRows rows that share their offsets.
   template <int kRows, int kWidth>
   void multiply_shared(const float* panel, Range inputs, int64_t row_group, int64_t v, float* sums) const {
@@ -93,6 +92,59 @@ struct NmMatrix {
       total.add(1, group + next_offset[slot], next_weight[slot]);
     });
     total.store_sums(target);
+  }
+};
+
+// The transpose of an NmMatrix `s`: its inputs are the outputs of `s`. Every input adds to a few outputs, which wait in L1 while
+// all inputs pass by.
+struct NmTransposed {
+  const NmMatrix& s;
+  int64_t in_features, out_features;
+
+  static constexpr int64_t kExtraRows = 0;
+
+  explicit NmTransposed(const NmMatrix& s) : s(s), in_features(s.out_features), out_features(s.in_features) {}
+
+  int64_t chunk_step() const {
+    return in_features;
+  }
+  int64_t row_step() const {
+    return s.m;
+  }
+
+  template <int64_t kTokens>
+  void extend(float*) const {}
+
+  template <int kWidth>
+  void multiply(const float* panel, Range, Range rows, float* sums) const {
+    constexpr int64_t kTokens = kWidth * kLanes, kWaiting = kChunkBytes * 2 / 3 / (kTokens * int64_t{sizeof(float)});
+    const int64_t step = std::max<int64_t>(1, kWaiting / s.m) * s.m;
+    for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
+      const Range outputs{begin, std::min(begin + step, rows.end)};
+      std::fill_n(sums + outputs.begin * kTokens, outputs.size() * kTokens, 0.0f);
+      for (int64_t input = 0; input < in_features; ++input) {
+        scatter<kWidth>(panel + input * kTokens, input, outputs, sums);
+      }
+    }
+  }
+
+ private:
+  template <int kWidth>
+  void scatter(const float* source, int64_t input, Range outputs, float* sums) const {
+    Vec values[kWidth];
+    for (int w = 0; w < kWidth; ++w) {
+      values[w] = load(source + w * kLanes);
+    }
+    const int64_t row_group = input / s.vector;
+    const uint8_t* offset = s.offsets + row_group * s.slots;
+    const float* weights = s.values + row_group * s.slots * s.vector + input % s.vector;
+    s.for_each_slot(outputs, [&](int64_t slot, int64_t group) {
+      float* target = sums + (group + offset[slot]) * kWidth * kLanes;
+      const float weight = weights[slot * s.vector];
+      for (int w = 0; w < kWidth; ++w) {
+        store(load(target + w * kLanes) + weight * values[w], target + w * kLanes);
+      }
+    });
   }
 };
 
@@ -265,33 +317,16 @@ at::Tensor dispatch(
   return y;
 }
 
-void check_nm(
+// S, its operands checked.
+NmMatrix describe(
     int64_t in_features, const at::Tensor& values, const at::Tensor& offsets, int64_t out_features, int64_t n, int64_t m) {
-  TORCH_CHECK(0 < n && n <= m && m <= 256, "N:M needs 0 < n <= m <= 256, got ", n, ":", m);
   TORCH_CHECK(values.dim() == 3 && values.size(2) > 0, "values must be [row groups, slots, vector], got ", values.sizes());
-  const int64_t row_groups = ceil_div(out_features, values.size(2)), groups = ceil_div(in_features, m);
+  check_nm_offsets(offsets, in_features, out_features, n, m, values.size(2));
   TORCH_CHECK(
-      values.size(0) == row_groups && values.size(1) == groups * n, "values must be [", row_groups, ", ", groups * n,
+      values.sizes().slice(0, 2) == offsets.sizes(), "values must be [", offsets.size(0), ", ", offsets.size(1),
       ", vector], got ", values.sizes());
-  TORCH_CHECK(offsets.device().is_cpu() && offsets.scalar_type() == at::kByte, "offsets must be uint8 on the CPU");
-  TORCH_CHECK(
-      offsets.is_contiguous() && offsets.sizes() == values.sizes().slice(0, 2), "offsets must be contiguous [", row_groups,
-      ", ", groups * n, "], got ", offsets.sizes());
-}
-
-// Every offset inside its group, and the last, possibly shorter group inside in_features.
-void check_offsets(const NmMatrix& s, int64_t row_groups) {
-  const int64_t tail = s.in_features - (s.slots / s.n - 1) * s.m;
-  uint8_t worst = 0, worst_tail = 0;
-  for (int64_t i = 0; i < row_groups * s.slots; ++i) {
-    worst = std::max(worst, s.offsets[i]);
-  }
-  for (int64_t g = 0; g < row_groups; ++g) {
-    for (int64_t slot = s.slots - s.n; slot < s.slots; ++slot) {
-      worst_tail = std::max(worst_tail, s.offsets[g * s.slots + slot]);
-    }
-  }
-  TORCH_CHECK(worst < s.m && worst_tail < tail, "offsets must stay inside their group of ", s.m, " inputs");
+  return {in_features,    out_features, n, m, values.size(2), values.size(1), offsets.const_data_ptr<uint8_t>(),
+          values.const_data_ptr<float>()};
 }
 
 }  // namespace
@@ -312,13 +347,21 @@ at::Tensor nm_linear(
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
   const Layout layout(x_in, panels_of, to_panels);
-  check_nm(layout.in_features(), values_in, offsets, out_features, n, m);
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
-  const NmMatrix s{layout.in_features(), out_features, n, m, values.size(2), values.size(1), offsets.const_data_ptr<uint8_t>(),
-                   values.const_data_ptr<float>()};
-  check_offsets(s, values.size(0));
+  const NmMatrix s = describe(layout.in_features(), values, offsets, out_features, n, m);
   const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual);
   return dispatch(s, x, layout, epilogue, input_permutation, output_permutation);
+}
+
+at::Tensor nm_input_gradient(
+    const at::Tensor& grad_in, const at::Tensor& values_in, const at::Tensor& offsets, int64_t in_features, int64_t n, int64_t m) {
+  check_operands(grad_in, values_in, in_features);
+  TORCH_CHECK(row_gather_supports(grad_in.scalar_type()), "nm_input_gradient has no native kernel for ", grad_in.scalar_type());
+  const Layout layout(grad_in, std::nullopt, false);
+  const at::Tensor grad = grad_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
+  const NmMatrix s = describe(in_features, values, offsets, layout.in_features(), n, m);
+  const EpilogueOperands epilogue(grad, layout.output_sizes(in_features), in_features, std::nullopt, "none", std::nullopt);
+  return dispatch(NmTransposed(s), grad, layout, epilogue, std::nullopt, std::nullopt);
 }
 
 at::Tensor diagonal_linear(
@@ -332,10 +375,7 @@ at::Tensor diagonal_linear(
   TORCH_CHECK(
       values_in.dim() == 2 && values_in.size(0) == diagonals && values_in.size(1) == length, "values must be [", diagonals,
       ", ", length, "], got ", values_in.sizes());
-  const int32_t* offsets = int32_pointer(offsets_in, "offsets");
-  check_indices(offsets, diagonals, std::max(in_features, out_features), "offsets");
-  const bool ascend = std::is_sorted(offsets, offsets + diagonals, std::less_equal<int32_t>());
-  TORCH_CHECK(ascend, "offsets must ascend without repetition");
+  const int32_t* offsets = diagonal_offsets(offsets_in, std::max(in_features, out_features));
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const DiagonalMatrix s(in_features, out_features, offsets, diagonals, values.const_data_ptr<float>());
   const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual);

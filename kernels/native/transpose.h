@@ -42,4 +42,19 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
+// Lane i of the result is the sum of the lanes of rows[i]; half the work of a transposition and its sum. Overwrites rows.
+template <int kStep = kLanes / 2>
+inline Vec sum_lanes(Vec (&rows)[kLanes]) {
+  if constexpr (kStep > 0) {
+    constexpr auto kSequence = std::make_integer_sequence<int, kLanes>{};
+    for (int i = 0; i < kStep; ++i) {
+      const Vec a = rows[i], b = rows[i + kStep];
+      rows[i] = exchange<kStep, false>(a, b, kSequence) + exchange<kStep, true>(a, b, kSequence);
+    }
+    return sum_lanes<kStep / 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 }  // namespace padst
