@@ -55,7 +55,7 @@ class Tile:
         group: programs along the tokens that run next to each other, to share what they read (`GROUP_M`).
         warps: of 32 threads, per program.
         stages: steps of the loop that are in flight at once.
-        variant: which of the kernel's forms, as in "pointer" or "descriptor" (TMA).
+        variant: which of the kernel's forms, as in "pointer", "joined" or "descriptor" (TMA).
     """
 
     tokens: int

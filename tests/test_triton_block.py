@@ -199,6 +199,39 @@ class TestTiles:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("depth", [16, 32, 64])
+class TestJoinedBlocks:
+    """Several blocks in one step, whole or in part."""
+
+    @pytest.mark.parametrize(
+        ("structure", "shape"),
+        [(Block(16), Shape(50, 96)), (Block((5, 7)), Shape(23, 49)), (Block((24, 40)), Shape(48, 120))],
+        ids=str,
+    )
+    def test_forward_and_input_gradient(
+        self, structure: Block, shape: Shape, depth: int, dtype: torch.dtype, triton_device: torch.device, use_tile
+    ) -> None:
+        use_tile(Tile(16, 16, depth, variant="joined"))
+        layer = TritonLayer.random(structure, shape, dtype, triton_device)
+        full = dataclasses.replace(layer.with_extras(bias=True, into=True, out=True), residual=layer.random_output(19))
+        for x in (layer.random_input(19), layer.random_input(19).T.contiguous().T):
+            layer.check(x)
+            full.check(x)
+        # The transposed product is joined too where its blocks divide the outputs.
+        grad, weight = layer.random_output(19), weight_of(layer)
+        found = PRODUCT.input_gradient(structure, grad, layer.values, layer.topology, shape.in_features)
+        assert_within(found, grad.double() @ weight, grad.double().abs() @ weight.abs() * sum_error(shape.out_features))
+
+    def test_rows_without_blocks(self, depth: int, dtype: torch.dtype, triton_device: torch.device, use_tile) -> None:
+        use_tile(Tile(16, 16, depth, variant="joined"))
+        pointers = torch.tensor([0, 0, 3, 3, 4], dtype=torch.int32, device=triton_device)
+        columns = torch.tensor([0, 1, 2, 1], dtype=torch.int32, device=triton_device)
+        values = torch.randn(4, 16, 16, device=triton_device).to(dtype)
+        layer = TritonLayer(Block(16), Shape(64, 48), values, (pointers, columns)).with_extras(bias=True, out=True)
+        layer.check(layer.random_input(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestForms:
     """What the op does not offer, and what a caller may know."""
 

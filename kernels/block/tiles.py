@@ -74,16 +74,24 @@ def element_by_element(problem: Problem) -> bool:
 
 def _linear(problem: Problem) -> Iterator[Tile]:
     block = _block(problem)
-    outputs, depth = _side(block.rows, _WIDEST_OUTPUTS), _side(block.columns, _depth(problem))
-    if element_by_element(problem):
-        depth = min(depth, _MOST_POINTERS)
-    few = problem.tokens <= _FEW_TOKENS
+    outputs, few = _side(block.rows, _WIDEST_OUTPUTS), problem.tokens <= _FEW_TOKENS
     widths = [outputs, outputs // 2, outputs // 4] if few else [outputs]
     groups = _GROUPS[:1] if few else _GROUPS
-    variants = ("pointer", "descriptor") if _may_describe(problem, block) else ("pointer",)
-    for variant, group, stages, tokens, width in itertools.product(variants, groups, _STAGES, _token_sides(problem), widths):
+    forms = itertools.product(_variants(problem, block), groups, _STAGES, _token_sides(problem), widths)
+    for (variant, depth), group, stages, tokens, width in forms:
         if width >= _SMALLEST:
             yield Tile(tokens, width, depth, group, _warps(problem, tokens * width), stages, variant)
+
+
+def _variants(problem: Problem, block: Block) -> Iterator[tuple[str, int]]:
+    """The forms of the kernel that can serve a problem, best guess first, each with the inputs of a step."""
+    whole = problem.in_features % block.columns == 0
+    deepest = min(_depth(problem), _MOST_POINTERS) if element_by_element(problem) else _depth(problem)
+    if whole and block.columns < deepest:
+        yield "joined", deepest
+    yield "pointer", _side(block.columns, deepest)
+    if whole and block.columns % deepest == 0 and _may_describe(problem):
+        yield "descriptor", deepest
 
 
 def _value_gradient(problem: Problem) -> Iterator[Tile]:
@@ -135,14 +143,7 @@ def _described_precision(problem: Problem) -> str:
     return "tf32" if problem.dtype == "float32" else "ieee"
 
 
-def _may_describe(problem: Problem, block: Block) -> bool:
-    """Whether the descriptor variant can serve this problem: see `triton.linear_launch`."""
-    limits = triton_limits.limits_of(problem.device)
-    whole = problem.in_features % block.columns == 0 and block.columns % _side(block.columns, _depth(problem)) == 0
-    return (
-        limits.descriptors
-        and whole
-        and problem.precision == _described_precision(problem)
-        and "in" not in problem.permuted.split("+")
-        and problem.layout.startswith("token/")
-    )
+def _may_describe(problem: Problem) -> bool:
+    """Whether tiles can be copied by descriptor: see `triton.linear_launch`."""
+    able = triton_limits.limits_of(problem.device).descriptors and problem.precision == _described_precision(problem)
+    return able and "in" not in problem.permuted.split("+") and problem.layout.startswith("token/")

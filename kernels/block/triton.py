@@ -10,6 +10,7 @@ of S.T, which it reads where they lie. `reference.py` has the product in plain w
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import triton
@@ -18,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from padst_compile.kernels import triton_support
 from padst_compile.kernels.block.tiles import default_tile
+from padst_compile.kernels.block.triton_joined import block_joined_kernel
+from padst_compile.kernels.block.triton_parts import load_tile, swizzle
 from padst_compile.kernels.dot import dot
 from padst_compile.kernels.epilogue import finish
 from padst_compile.kernels.extras import Extras
@@ -256,30 +259,6 @@ def block_value_gradient_kernel(
 
 
 @triton.jit
-def swizzle(program, token_tiles, output_tiles, GROUP: tl.constexpr):
-    """Token tile and output tile of a program: all output tiles of `GROUP` token tiles before those of the next."""
-    per_group = GROUP * output_tiles
-    first = (program // per_group) * GROUP
-    size = tl.minimum(token_tiles - first, GROUP)
-    place = program % per_group
-    return first + place % size, place // size
-
-
-@triton.jit
-def load_tile(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
-    """A tile with zeros where a mask is false; a mask that is known to be true everywhere costs nothing."""
-    if WHOLE_ROWS and WHOLE_COLUMNS:
-        tile = tl.load(pointers)
-    elif WHOLE_ROWS:
-        tile = tl.load(pointers, mask=column_mask, other=0.0)
-    elif WHOLE_COLUMNS:
-        tile = tl.load(pointers, mask=row_mask, other=0.0)
-    else:
-        tile = tl.load(pointers, mask=row_mask & column_mask, other=0.0)
-    return tile
-
-
-@triton.jit
 def _entry(index, block, last):
     """The entry of a block in `index`, or the block itself where there is none; 0 from `last` on."""
     entry = block
@@ -328,6 +307,7 @@ class Blocks:
 
 
 _NOTHING = Extras()
+_LONGEST_RUN = 16  # elements: 16 bytes and more in every dtype
 
 
 def block_linear(
@@ -374,12 +354,13 @@ def block_linear(
 
 
 def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extras, problem: Problem, tile: Tile) -> Launch:
-    """The launch of `block_linear_kernel` that writes `y`; falls back to pointers where descriptors do not fit."""
+    """The launch that writes `y`; the variants "descriptor" and "joined" fall back to "pointer" where they do not fit."""
     extras = extras.laid_out_like(y)
     rows, columns = blocks.structure.rows, blocks.structure.columns
     (tokens, in_features), out_features = x.shape, y.shape[1]
     row_count = -(-out_features // rows)
-    even_inputs = in_features % columns == 0 and columns % tile.depth == 0
+    whole = in_features % columns == 0
+    even_inputs = whole and columns % tile.depth == 0
     descriptor = tile.variant == "descriptor" and even_inputs and _describable(x, blocks, extras)
     arguments = {
         "x": TensorDescriptor.from_tensor(x, [tile.tokens, tile.depth]) if descriptor else x,
@@ -406,17 +387,19 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
         "COLUMNS": columns,
         "TRANSPOSED": blocks.transposed,
         "TOKENS_ADJACENT": triton_support.layout(x) == "feature",
-        "EVEN_INPUTS": even_inputs,
         "EVEN_OUTPUTS": out_features % rows == 0 and rows % tile.outputs == 0,
         "ACTIVATION": extras.activation,
         "PRECISION": problem.precision,
-        "DESCRIPTOR": descriptor,
         "TOKENS": tile.tokens,
         "OUTPUTS": tile.outputs,
         "DEPTH": tile.depth,
         "GROUP": tile.group,
     }
     programs = -(-tokens // tile.tokens) * row_count * -(-rows // tile.outputs)
+    if tile.variant == "joined" and whole:
+        arguments["RUN"] = math.gcd(columns, _LONGEST_RUN)
+        return Launch(block_joined_kernel, (programs,), arguments, tile.warps, tile.stages)
+    arguments |= {"EVEN_INPUTS": even_inputs, "DESCRIPTOR": descriptor}
     return Launch(block_linear_kernel, (programs,), arguments, tile.warps, tile.stages)
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from padst_compile.kernels import triton_support
-from padst_compile.kernels.block.triton import Blocks, load_tile, swizzle
+from padst_compile.kernels.block.triton import Blocks
+from padst_compile.kernels.block.triton_parts import load_tile, swizzle
 from padst_compile.kernels.dot import dot
 from padst_compile.kernels.epilogue import activate, finish
 from padst_compile.kernels.launch import Tile

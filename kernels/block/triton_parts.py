@@ -1,0 +1,28 @@
+"""Parts that the block kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swizzle(program, token_tiles, output_tiles, GROUP: tl.constexpr):
+    """Token tile and output tile of a program: all output tiles of `GROUP` token tiles before those of the next."""
+    per_group = GROUP * output_tiles
+    first = (program // per_group) * GROUP
+    size = tl.minimum(token_tiles - first, GROUP)
+    place = program % per_group
+    return first + place % size, place // size
+
+
+@triton.jit
+def load_tile(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
+    """A tile with zeros where a mask is false; a mask that is known to be true everywhere costs nothing."""
+    if WHOLE_ROWS and WHOLE_COLUMNS:
+        tile = tl.load(pointers)
+    elif WHOLE_ROWS:
+        tile = tl.load(pointers, mask=column_mask, other=0.0)
+    elif WHOLE_COLUMNS:
+        tile = tl.load(pointers, mask=row_mask, other=0.0)
+    else:
+        tile = tl.load(pointers, mask=row_mask & column_mask, other=0.0)
+    return tile
