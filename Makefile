@@ -37,6 +37,7 @@ format: $(VENV)/.installed-dev ## rewrite what ruff can
 bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/layers.py
 	$(PY) benchmarks/models.py
+	$(PY) benchmarks/training_layers.py
 	$(PY) benchmarks/permute_costs.py
 	$(PY) benchmarks/pass_time.py
 

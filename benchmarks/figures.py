@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
+TRAINING = RESULTS / "cpu-training-layers.json"
 SECTIONS = (("Models", "cpu-models.json"), ("Layers", "cpu-layers.json"))
 
 
@@ -28,25 +29,41 @@ def render() -> str:
         path = RESULTS / name
         if path.exists():
             parts.append(_section(title, json.loads(path.read_text()), path.relative_to(ROOT)))
+    if TRAINING.exists():
+        parts.append(_training(json.loads(TRAINING.read_text()), TRAINING.relative_to(ROOT)))
     return "\n".join(parts)
 
 
-def _section(title: str, data: dict[str, Any], source: Path) -> str:
-    machine = data["machine"]
+def _heading(title: str, machine: dict[str, Any], source: Path) -> str:
     extra = ", ".join(filter(None, [machine["vector"], "AMX" if machine["amx"] else ""]))
-    heading = (
+    return (
         f"**{title}** ({machine['cpu']}, {extra}; {machine['threads']} thread; torch {machine['torch']}; median milliseconds "
         f"of one call; from `{source}`)"
     )
+
+
+def _training(data: dict[str, Any], source: Path) -> str:
+    rows = [
+        f"| {c['layer']} ({c['dtype']}, {c['tokens']} tokens) | {c['structure']}, 90 % | {c['dense']:.2f} | {c['sparse']:.2f} "
+        f"| {c['speedup']:.2f}x |"
+        for c in data["cases"]
+    ]
+    heading = _heading("Layers, forward and backward", data["machine"], source)
+    columns = "| | sparse as | dense, default | sparse, random permutations | random against dense |"
+    return "\n".join([heading, "", columns, "|-|-|-:|-:|-:|", *rows, ""])
+
+
+def _section(title: str, data: dict[str, Any], source: Path) -> str:
+    heading = _heading(title, data["machine"], source)
     columns = (
         "| | sparse as | dense, default | dense, freezing | sparse, random permutations | sparse, no permutation "
-        "| random against best dense | none against best dense |"
+        "| random against best dense | none against best dense | time of random against none |"
     )
     lines = [
         heading,
         "",
         columns,
-        "|-|-|-:|-:|-:|-:|-:|-:|",
+        "|-|-|-:|-:|-:|-:|-:|-:|-:|",
         *(_row(comparison) for comparison in data["comparisons"]),
         "",
     ]
@@ -61,7 +78,8 @@ def _row(c: dict[str, Any]) -> str:
     structure = structure_from_dict(c["spec"]["structure"]).to_string()
     return (
         f"| {c['model']} ({sizes}) | {structure}, {100 * c['spec']['sparsity']:.0f} % | {ms['dense default']:.2f} "
-        f"| {ms['dense freezing']:.2f} | {ms['padst']:.2f} | {plain:.2f} | {best / ms['padst']:.2f}x | {best / plain:.2f}x |"
+        f"| {ms['dense freezing']:.2f} | {ms['padst']:.2f} | {plain:.2f} | {best / ms['padst']:.2f}x | {best / plain:.2f}x "
+        f"| {c['permutation_ratio']:.3f}x |"
     )
 
 

@@ -10,12 +10,17 @@ from padst_compile.benchmarking.run import Comparison, Settings, compare
 CASES = [
     ("timm:vit_base_patch16_224", "block:64", 1),
     ("timm:vit_base_patch16_224", "block:64", 8),
-    ("hf:gpt2", "block:64", 1),
-    ("timm:mixer_s16_224", "block:64", 1),
+    ("timm:vit_base_patch16_224", "block:32", 1),
     ("timm:vit_base_patch16_224", "nm:1:10", 1),
     ("timm:vit_base_patch16_224", "diagonal", 1),
+    ("hf:gpt2", "block:64", 1),
+    ("hf:gpt2", "block:32", 1),
     ("hf:gpt2", "nm:1:10", 1),
     ("hf:gpt2", "diagonal", 1),
+    ("timm:mixer_s16_224", "block:64", 1),
+    ("timm:mixer_s16_224", "block:32", 1),
+    ("timm:mixer_s16_224", "nm:1:10", 1),
+    ("timm:mixer_s16_224", "diagonal", 1),
 ]
 
 
