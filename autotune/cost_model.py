@@ -65,10 +65,8 @@ _SYMBOLS = (T, K, N, A, R, e, t, n, d, F, V, U, B, C, S, L)
 
 def layer_seconds(problem: LayerProblem, kernel: Kernel, machine: Machine) -> float:
     """What a layer takes on one of its kernels; while training with both gradients, each a product of the same size."""
-    forward, backward = _layer_formulas(problem, kernel)
-    values = _values(problem, machine, tile=None)
-    seconds = _function(forward)(*values)
-    return seconds + 2 * _function(backward)(*values) if problem.training else seconds
+    seconds = _function(_formula(problem, kernel))(*_values(problem, machine, tile=None))
+    return 3 * seconds if problem.training else seconds
 
 
 def tile_seconds(problem: Problem, tile: Tile, machine: Machine) -> float:
@@ -85,16 +83,13 @@ def ranked(problem: Problem, tiles: Sequence[Tile], machine: Machine) -> list[Ti
     return sorted(tiles, key=lambda tile: tile_seconds(problem, tile, machine))
 
 
-def _layer_formulas(problem: LayerProblem, kernel: Kernel) -> tuple[sympy.Expr, sympy.Expr]:
-    """Of the product and of one gradient."""
+def _formula(problem: LayerProblem, kernel: Kernel) -> sympy.Expr:
+    """Of the product, and of each gradient: all compute active weights alone, or all the dense product."""
     if kernel == "dense":
-        return DENSE, DENSE
+        return DENSE
     if isinstance(parse(problem.structure), Block):
-        product = BATCHED if kernel == "aten" else BLOCK
-        return product, product
-    if kernel == "aten":
-        return UNPACKED, UNPACKED
-    return GATHER, GATHER if kernel == "triton" else UNPACKED
+        return BATCHED if kernel == "aten" else BLOCK
+    return UNPACKED if kernel == "aten" else GATHER
 
 
 def _values(problem: LayerProblem | Problem, machine: Machine, tile: Tile | None) -> tuple[float, ...]:

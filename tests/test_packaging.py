@@ -42,6 +42,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
+    # A result of tuning, as releases may hold some.
+    (copy / "autotune" / "configs").mkdir(exist_ok=True)
+    (copy / "autotune" / "configs" / "some-device.json").write_text("[]")
     return copy
 
 
