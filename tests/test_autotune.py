@@ -21,8 +21,11 @@ from padst_compile.autotune.keys import Key
 from padst_compile.autotune.measure import interleaved_medians, interleaved_samples, raced_medians
 from padst_compile.autotune.problem import LayerProblem, token_bucket
 from padst_compile.autotune.space import Candidate
+from padst_compile.kernels import dispatch
 from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.native.tiles import default_tile
+from padst_compile.passes.graph import STRUCTURED_LINEAR
+from padst_compile.structures import Block
 
 PROBLEM = LayerProblem("block:16x16", 64, 64, 1024, 128, "float32", "", False, "cpu", ("native", "dense"))
 LAUNCH = Problem("native_block", "block:16x16", 64, 64, 1024, 128, "float32", device="cpu")
@@ -320,3 +323,28 @@ def test_a_race_ends_with_its_budget() -> None:
 )
 def test_tokens_share_buckets_of_powers_of_two(tokens: int, device: str, bucket: int) -> None:
     assert token_bucket(tokens, device) == bucket
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_eager_products_ask_for_their_tiles_and_compute_the_same_with_any(training: bool) -> None:
+    structure = Block(16)
+    if not dispatch.has_native_kernel(structure, torch.device("cpu"), torch.float32):
+        pytest.skip("needs the native block kernel")
+    weight = torch.randint(-3, 4, (48, 64), generator=torch.Generator().manual_seed(0)).float()
+    topology = structure.choose(weight.abs(), 0.5)
+    values = structure.pack(weight, topology).requires_grad_(training)
+    x = torch.randint(-3, 4, (100, 64), generator=torch.Generator().manual_seed(1)).float().requires_grad_(training)
+    order = torch.arange(63, -1, -1, dtype=torch.int32)
+
+    def run() -> list[torch.Tensor]:
+        y = STRUCTURED_LINEAR(x, values, list(topology), torch.ones(48), order, None, 48, "block:16x16")
+        return [y.detach(), *torch.autograd.grad(y.sum(), (x, values))] if training else [y]
+
+    with tiles.recorded() as problems:
+        expected = run()
+    product = Problem("native_block", "block:16x16", 64, 48, values.numel(), 128, "float32", "ieee", "in", "bias", device="cpu")
+    gradient = Problem("native_block", "block:16x16", 48, 64, values.numel(), 128, "float32", device="cpu")
+    assert problems == ([product, gradient] if training else [product])
+    for tokens in (1, 48, 128, 1000):
+        with tiles.given_tiles(dict.fromkeys(problems, Tile(tokens, 0, 0))):
+            assert all(map(torch.equal, run(), expected))
