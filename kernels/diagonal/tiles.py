@@ -7,6 +7,7 @@ import itertools
 from padst_compile.kernels.launch import Problem, Tile
 
 _PRODUCTS = 4096  # of one step: 32 accumulators for each of 128 threads
+_MOST_SUMS = 2048  # of one program, for which it also needs addresses
 
 
 def default_tile(problem: Problem) -> Tile:
@@ -28,7 +29,7 @@ def tiles(problem: Problem) -> list[Tile]:
     found = [
         _tile(min(tokens, problem.tokens), outputs, warps)
         for tokens, outputs, warps in itertools.product(sides, (32, 64, 128), (4, 8))
-        if tokens * outputs <= _PRODUCTS * warps // 4
+        if tokens * outputs <= _MOST_SUMS
     ]
     return list(dict.fromkeys(found))
 

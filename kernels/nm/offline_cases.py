@@ -29,8 +29,7 @@ def offline_cases(target: Target) -> Iterator[Case]:
                 launch_of(problem, tile),
                 step_bytes=step_bytes(problem, tile) if dot else 0,
                 product=_product(problem, tile, target) if dot else None,
-                # A gather from token-major activations takes an element at a time.
-                wide_loads=dot and problem.layout.startswith("feature/") and problem.kernel == "nm_forward",
+                wide_loads=dot and _wide(problem, tile, target),
             )
 
 
@@ -57,7 +56,7 @@ def launch_of(problem: Problem, tile: Tile) -> Launch:
 
 def _problems(device: str) -> Iterator[Problem]:
     """Layers of ViT-B/16 at batch 256, a decoding step, and what the kernels do besides."""
-    for vector, layout in ((64, "feature/feature"), (16, "feature/feature"), (64, "token/token")):
+    for vector, layout in ((128, "feature/feature"), (64, "feature/feature"), (16, "feature/token"), (64, "token/token")):
         yield _problem(NM(1, 10, vector), 50432, "bfloat16", device, permuted="in", epilogue="bias+gelu", layout=layout)
     yield _problem(NM(2, 10, 32), 50432, "float16", device, permuted="in+out", epilogue="bias+residual")
     yield _problem(NM(1, 10, 64), 50432, "float32", device, layout="feature/feature")
@@ -89,6 +88,13 @@ def _problem(
         kernel, structure.to_string(), 768, 3072, active, token_bucket(tokens), dtype, precision, permuted, epilogue, layout,
         device,
     )  # fmt: skip
+
+
+def _wide(problem: Problem, tile: Tile, target: Target) -> bool:
+    """Whether 16-byte copies are claimed: not from token-major activations, of which a gather takes an element at a time."""
+    threads = tile.warps * (64 if target == "gfx942" else 32)
+    enough = tile.tokens * tile.depth * getattr(torch, problem.dtype).itemsize >= 16 * threads
+    return enough and problem.layout.startswith("feature/") and problem.kernel == "nm_forward"
 
 
 def _product(problem: Problem, tile: Tile, target: Target) -> str | None:

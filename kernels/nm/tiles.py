@@ -16,6 +16,7 @@ _MANY_SUMS = 128 * 64  # of four warps
 _FEWEST_SUMS = 2  # of a thread
 _FEWEST_TOKENS = 4  # a tile takes at least a fourth of the tokens, where these are few
 _MOST_GATHERED = 32  # inputs that a thread fetches one by one in a step
+_TALL = 128  # tokens of a tile, unless it is narrow
 _MOST_TOKENS = 64  # in float32, whose operands take twice the registers
 _PRODUCTS = 4096  # of one step of a gathering program: 32 accumulators for each of 128 threads
 
@@ -61,7 +62,7 @@ def _dot(problem: Problem, structure: NM) -> Tile:
 def _dots(problem: Problem, structure: NM) -> list[Tile]:
     rows, depths = _rows(structure), (32, 64) if _itemsize(problem) == 2 else (32,)
     found = []
-    for tokens, depth, stages in itertools.product((16, 32, 64, 128, 256), depths, (2, 3, 4)):
+    for tokens, depth, stages in itertools.product((16, 32, 64, 128, 256), depths, (3, 4)):
         sums = rows * (depth if problem.kernel == "nm_value_gradient" else tokens)
         for warps in (4,) if sums < _MANY_SUMS else (4, 8):
             tile = Tile(tokens, rows, depth, warps=warps, stages=stages, variant="dot")
@@ -88,7 +89,7 @@ def _fits(problem: Problem, tile: Tile) -> bool:
         return False
     sums = (tile.depth if problem.kernel == "nm_value_gradient" else tile.tokens) * tile.outputs // threads
     most_sums = triton_limits.sums_per_thread(problem) // 2  # the rest is for addresses and the epilogue
-    return _FEWEST_SUMS <= sums <= most_sums
+    return _FEWEST_SUMS <= sums <= most_sums and (tile.tokens <= _TALL or tile.outputs <= _TALL // 4)
 
 
 def _operands(problem: Problem, tile: Tile) -> tuple[int, int]:
@@ -110,7 +111,7 @@ def _gathers(problem: Problem) -> list[Tile]:
     sides = (1, 8) if problem.tokens <= 8 else (16, 32, 64, 128)
     found = [
         _gather(min(tokens, problem.tokens), outputs, warps)
-        for tokens, outputs, warps in itertools.product(sides, (16, 32, 64), (4, 8))
+        for tokens, outputs, warps in itertools.product(sides, (32, 64), (4, 8))
         if tokens * outputs <= _PRODUCTS * warps // 4
     ]
     return list(dict.fromkeys(found))

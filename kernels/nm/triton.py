@@ -9,9 +9,9 @@ reads whole sectors, and permutations on either side cost nothing. Token-major g
 
 Sums are in float32. No kernel adds to what another program writes, so results are the same in every run.
 
-A way that is not taken yet: four neighbouring columns meet at most two groups of M >= 4, so every 1:M choice is also a legal 2:4
-one, which the sparse tensor cores of Ampere and later multiply (cuSPARSELt, `torch.sparse.to_sparse_semi_structured` of the dense
-weight) at up to twice the dense rate. For rows that share nothing that is the only form beyond dense in 16 bits.
+A way that is not taken yet: an aligned quad of columns meets at most two groups of M >= 4, so every 1:M choice is also a legal
+2:4 one, which the sparse tensor cores of Ampere and later multiply at up to twice the dense rate (cuSPARSELt, in PyTorch
+`torch.sparse.to_sparse_semi_structured`). For rows that share nothing that is the only form beyond dense in 16 bits.
 """
 
 import dataclasses
