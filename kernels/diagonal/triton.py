@@ -8,6 +8,11 @@ features the short one, of `length`, the other the long one, of `period`: a diag
 to `(k + o) % period` of the long one, and its weight lies at k.
 
 Sums are in float32. No kernel adds to what another program writes, so results are the same in every run.
+
+What the kernels take: `x`, `short`, `long` and `y` point to activations, whose strides are given beside them; `values` to
+[diagonals, length] and `offsets` to ascending int32 [diagonals], both contiguous; `read` is the input permutation, `write` the
+inverse of the output permutation, and `bias`, `gate` and `residual` are those of `epilogue.finish`: each of them a pointer or
+None. TOKENS, OUTPUTS and DEPTH are those of the tile: powers of two.
 """
 
 import dataclasses

@@ -9,6 +9,11 @@ reads whole sectors, and permutations on either side cost nothing. Token-major g
 
 Sums are in float32. No kernel adds to what another program writes, so results are the same in every run.
 
+What the kernels take alike: `x`, `grad` and `y` point to activations, whose strides are given beside them; `values` to
+[row groups, slots, VECTOR] and `offsets` to uint8 [row groups, slots], both contiguous; `read` is the input permutation, and
+`bias`, `gate` and `residual` are those of `epilogue.finish`: each of them a pointer or None. N, M and VECTOR are those of the
+structure; TOKENS, OUTPUTS and DEPTH those of the tile: powers of two, from 16 on for `dot`.
+
 A way that is not taken yet: an aligned quad of columns meets at most two groups of M >= 4, so every 1:M choice is also a legal
 2:4 one, which the sparse tensor cores of Ampere and later multiply at up to twice the dense rate (cuSPARSELt, in PyTorch
 `torch.sparse.to_sparse_semi_structured`). For rows that share nothing that is the only form beyond dense in 16 bits.
