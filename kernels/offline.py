@@ -1,8 +1,8 @@
 """Compiles the kernels for GPUs that are not there: `python -m padst_compile.kernels.offline`, or `make kernels-offline`.
 
 Every tile that a tuner may choose must compile without spilled registers, within the chip's shared memory, to the
-tensor-core instructions and the wide copies that its kernel claims. What it uses is printed and compared with a recorded
-file, one part for each version of Triton, so that a change of the kernels or of the compiler shows.
+tensor-core instructions and the wide copies that its kernel claims. What it uses is printed; for the default tiles it is
+compared with a recorded file, one part for each version of Triton, so that a change of kernels or of the compiler shows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from padst_compile.kernels import triton_limits
 from padst_compile.kernels.compiled import Compiled, compile_launch
 from padst_compile.kernels.offline_case import DEVICES, Case, Target
 
-# What was recorded of one architecture: problem -> tile -> what it uses.
-Golden: TypeAlias = dict[str, dict[str, str]]
+# What was recorded of one architecture: problem -> default tile, and what it uses.
+Golden: TypeAlias = dict[str, str]
 
 # Modules with a function `offline_cases(target)`.
 MODULES = tuple(f"padst_compile.kernels.{kind}.offline_cases" for kind in ("block", "nm", "diagonal"))
@@ -96,24 +96,17 @@ def examine(case: Case, target: Target) -> Finding:
 
 
 def recorded(findings: Sequence[Finding]) -> Golden:
-    """What is kept of the findings."""
-    golden: Golden = {}
-    for finding in findings:
-        golden.setdefault(finding.case.subject, {})[finding.case.form] = finding.record
-    return golden
+    """What is kept of the findings: those of the default tiles, which come first."""
+    return {finding.case.subject: f"{finding.case.form}: {finding.record}" for finding in reversed(findings)}
 
 
 def differences(findings: Sequence[Finding], golden: Golden, whole: bool) -> list[str]:
     """How what was found differs from what was recorded; `whole` if all cases were compiled."""
-    found, kept = _flat(recorded(findings)), _flat(golden)
-    changed = [f"{name}: {kept[name]} -> {found[name]}" for name in found if name in kept and kept[name] != found[name]]
-    new = [f"{name}: not recorded" for name in found if name not in kept]
-    gone = [f"{name}: recorded, but no case" for name in kept if name not in found] if whole else []
+    found = recorded(findings)
+    changed = [f"{name} | {golden[name]} -> {found[name]}" for name in found if golden.get(name, found[name]) != found[name]]
+    new = [f"{name}: not recorded" for name in found if name not in golden]
+    gone = [f"{name}: recorded, but no case" for name in golden if name not in found] if whole else []
     return changed + new + gone
-
-
-def _flat(golden: Golden) -> dict[str, str]:
-    return {f"{subject} | {form}": record for subject, forms in golden.items() for form, record in forms.items()}
 
 
 def table(target: Target, findings: Sequence[Finding]) -> Table:

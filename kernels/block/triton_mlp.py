@@ -248,7 +248,7 @@ def default_tile(x: torch.Tensor, columns: int, rows: int) -> Tile:
     """Half as many sums as in one layer, twice: of the hidden tile and of the outputs."""
     half = x.element_size() == 2
     tokens = min(128 if half else 64, triton_support.token_bucket(max(16, x.shape[0])))
-    return Tile(tokens, min(64, _side(rows)), min(64 if half else 32, _side(columns)), warps=8 if tokens > 64 else 4)
+    return Tile(tokens, min(64, _side(rows)), min(64 if half else 32, _side(columns)), warps=4 if half and tokens <= 64 else 8)
 
 
 def _side(size: int) -> int:
