@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench kernels-offline mutants clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu kernels-offline mutants clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -43,6 +43,9 @@ bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 
 kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs that are not there (ARGS='--target sm_90 --record')
 	TRITON_CACHE_DIR=$(CURDIR)/.cache/triton $(PY) -m padst_compile.kernels.offline --golden tests/golden/offline.json $(ARGS)
+
+bench-cpu: $(VENV)/.installed-demo ## layers beside every peer on the CPU; writes into benchmarks/results/
+	$(PY) benchmarks/kernels.py
 
 mutants: $(VENV)/.installed-test ## mutation testing of the passes (MODULES='permutation.py ...' for some); writes a score
 	@$(INSTALL) 'mutmut>=3.8,<4'

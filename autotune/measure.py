@@ -48,7 +48,9 @@ def interleaved_samples(
     return samples
 
 
-def raced_medians(candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget) -> dict[Any, float]:
+def raced_medians(
+    candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget, *, hopeless: float = _HOPELESS
+) -> dict[Any, float]:
     """Median seconds of every candidate with a cold cache, as a layer finds it after all others have run.
 
     Candidates take turns. Who is hopelessly slower than the fastest drops out after one timed run, and no round starts when the
@@ -58,6 +60,7 @@ def raced_medians(candidates: Mapping[Any, Callable[[], Any]], device: str, budg
         candidates: what to run, by anything that tells them apart.
         device: type of the device that they run on.
         budget: how often, and for how long.
+        hopeless: how many times slower than the fastest one must be to drop out; infinity where all times are reported.
     """
     for run in candidates.values():
         run()  # allocations, compilation, threads
@@ -70,7 +73,7 @@ def raced_medians(candidates: Mapping[Any, Callable[[], Any]], device: str, budg
             flush_cache(device)
             samples[name].append(timer(run))
         fastest = min(min(times) for times in samples.values())
-        running = {name: run for name, run in running.items() if min(samples[name]) <= _HOPELESS * fastest}
+        running = {name: run for name, run in running.items() if min(samples[name]) <= hopeless * fastest}
         if time.perf_counter() > deadline or len(running) <= 1:
             break
     return {name: statistics.median(times) for name, times in samples.items()}

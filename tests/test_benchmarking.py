@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,24 @@ def test_the_output_of_a_language_model_is_its_logits() -> None:
 def test_the_figures_in_the_readme_are_those_of_the_recorded_results() -> None:
     result = subprocess.run([sys.executable, ROOT / "benchmarks" / "figures.py", "--check"], cwd=ROOT, check=False)
     assert result.returncode == 0, "run python benchmarks/figures.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+@pytest.mark.parametrize(("part", "expected"), [("layers", "cases on cuda; nothing was measured"), ("sanitize", "is not run")])
+def test_the_gpu_script_runs_dry_without_a_gpu(part: str, expected: str, tmp_path: Path) -> None:
+    script, environment = ROOT / "benchmarks" / "gpu.sh", {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    result = subprocess.run([script, part], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "no GPU here: a dry run" in result.stdout
+    assert expected in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_gpu_script_knows_its_parts() -> None:
+    script, environment = ROOT / "benchmarks" / "gpu.sh", {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run([script, "everything"], env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "unknown part everything" in result.stderr
 
 
 @pytest.mark.slow

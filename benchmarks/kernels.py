@@ -1,0 +1,214 @@
+"""Layers beside everything that could run them: writes results/DEVICE-kernels.json.
+
+    python benchmarks/kernels.py                    the CPU, one thread
+    python benchmarks/kernels.py --device cuda      the GPU
+    python benchmarks/kernels.py --dry-run …        list the cases
+
+Medians with a cold cache, candidates in turns. "fraction of ideal" is the speed-up over the best dense times the density: 1 is
+a product whose time shrinks with the weights it stores. On a GPU "roof" is the time that the measured matrix rate and copy
+bandwidth allow over the time taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import DENSE, DENSE_TUNED, OURS, UNPERMUTED, Layer
+from rich.console import Console
+from rich.table import Table
+
+from padst_compile.autotune.effort import Budget
+from padst_compile.autotune.measure import raced_medians
+from padst_compile.benchmarking.machine import describe_machine
+from padst_compile.benchmarking.report import write_json
+from padst_compile.structures import parse
+from padst_compile.tolerance import allowed_error, relative_error
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("torch BSR", "torch CSR", "gather + bmm", "torch 2:4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer to measure.
+
+    Args:
+        in_features: inputs.
+        out_features: outputs.
+        structure: short form.
+        sparsity: fraction of zeros.
+        dtype: of weights and activations.
+        tokens: rows of the activations.
+    """
+
+    in_features: int
+    out_features: int
+    structure: str
+    sparsity: float
+    dtype: str
+    tokens: int
+
+    def __str__(self) -> str:
+        size = f"{self.in_features} -> {self.out_features}"
+        return f"{size}, {self.structure} {100 * self.sparsity:.0f} %, {self.dtype}, {self.tokens} tokens"
+
+    def layer(self, device: torch.device) -> Layer:
+        """The layer on a device."""
+        structure = parse(self.structure)
+        sparsity = structure.natural_sparsity() or self.sparsity
+        sizes = self.in_features, self.out_features, self.tokens
+        return Layer(structure, sparsity, *sizes, getattr(torch, self.dtype), device)
+
+
+def cpu_cases() -> list[Case]:
+    """ViT-B's layers at batch 8 and 1, and few tokens."""
+    up, down = (768, 3072), (3072, 768)
+    return [
+        *(Case(*up, "block:64", sparsity, dtype, 1576) for dtype in ("float32", "bfloat16") for sparsity in (0.9, 0.95)),
+        Case(*down, "block:64", 0.9, "float32", 1576),
+        *(Case(*up, f"block:{size}", 0.9, "float32", 1576) for size in (32, 16)),
+        *(Case(*up, structure, 0.9, "float32", 1576) for structure in ("nm:1:10", "diagonal", "diagonal:32")),
+        *(Case(*up, structure, 0.95, "float32", 1576) for structure in ("nm:1:20", "diagonal")),
+        *(Case(*up, "block:64", 0.9, "float32", tokens) for tokens in (1, 16, 197)),
+        *(Case(*up, "block:64", 0.9, "bfloat16", tokens) for tokens in (1, 16, 197)),
+    ]
+
+
+def gpu_cases() -> list[Case]:
+    """The layers of ViT-B, ViT-L and a 4096-wide model, from one token to a large batch."""
+    sizes = [(768, 3072), (3072, 768), (1024, 4096), (4096, 16384)]
+    tokens = (1, 64, 1024, 16384, 50432)
+    return [
+        *(Case(*size, "block:64", 0.9, "bfloat16", count) for size in sizes for count in tokens if size[1] * count < 1 << 30),
+        *(Case(768, 3072, f"block:{size}", 0.9, "bfloat16", 50432) for size in (16, 32, 128)),
+        *(Case(768, 3072, "block:64", sparsity, "bfloat16", 50432) for sparsity in (0.8, 0.95)),
+        *(Case(768, 3072, "block:64", 0.9, dtype, 16384) for dtype in ("float16", "float32")),
+        Case(4096, 16384, "block:128", 0.9, "bfloat16", 16384),
+        *(
+            Case(768, 3072, structure, 0.9, "bfloat16", 16384)
+            for structure in ("nm:1:10:64", "nm:1:10", "diagonal", "diagonal:64")
+        ),
+        *(Case(768, 3072, structure, 0.9, "float32", 16384) for structure in ("nm:1:10", "diagonal")),
+    ]
+
+
+def measure(case: Case, device: torch.device, budget: Budget) -> dict[str, Any]:
+    """Milliseconds of every candidate that runs and is right, and why the others are missing."""
+    torch._dynamo.reset()
+    layer = case.layer(device)
+    ready: dict[str, Callable[[], torch.Tensor]] = {}
+    missing: dict[str, str] = {}
+    expected = layer.expected()
+    bound = allowed_error(relative_error([_dense(layer)], [expected]), layer.x.dtype)
+    with torch.no_grad():
+        for name, prepare in layer.candidates():
+            try:
+                run = prepare()
+                result = run()
+            except Exception as error:  # a peer may refuse in any way
+                missing[name] = str(error).splitlines()[0][:100]
+                continue
+            off = relative_error([result], [expected]) if name in PEERS[:3] else 0.0
+            if off > bound:
+                missing[name] = f"wrong by {off:.1e}"
+            else:
+                ready[name] = run
+        seconds = raced_medians(ready, device.type, budget, hopeless=math.inf)
+    milliseconds = {name: 1e3 * value for name, value in seconds.items()}
+    return {**dataclasses.asdict(case), "density": layer.density, "milliseconds": milliseconds, "missing": missing}
+
+
+def _dense(layer: Layer) -> torch.Tensor:
+    return torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
+
+
+def roofs(device: torch.device) -> dict[str, float] | None:
+    """Bytes per second of a copy, and operations per second of a large bfloat16 product; on a GPU alone."""
+    if device.type != "cuda":
+        return None
+    budget = Budget(None, 11, 5.0)
+    source, matrix = torch.empty(1 << 30, dtype=torch.int8, device=device), torch.randn(8192, 8192, device=device).bfloat16()
+    copy = raced_medians({"copy": source.clone}, "cuda", budget)["copy"]
+    product = raced_medians({"product": lambda: matrix @ matrix}, "cuda", budget)["product"]
+    return {"bytes_per_second": 2 * source.numel() / copy, "bfloat16_per_second": 2 * 8192**3 / product}
+
+
+def roof_fraction(result: dict[str, Any], roof: dict[str, float] | None) -> float | None:
+    """The time that the roofs allow, over the time taken; for bfloat16, whose rate was measured."""
+    if roof is None or result["dtype"] != "bfloat16" or OURS not in result["milliseconds"]:
+        return None
+    tokens, sizes = result["tokens"], (result["in_features"], result["out_features"])
+    active = result["density"] * sizes[0] * sizes[1]
+    moved = 2 * (tokens * sum(sizes) + active)
+    ideal = max(moved / roof["bytes_per_second"], 2 * tokens * active / roof["bfloat16_per_second"])
+    return float(1e3 * ideal / result["milliseconds"][OURS])
+
+
+def table_of(results: list[dict[str, Any]], roof: dict[str, float] | None, title: str) -> Table:
+    """One row per case."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer")
+    columns = ["best dense", "padst", "no permutation", "speed-up", "fraction of ideal", *(["roof"] if roof else [])]
+    for column in (*columns, *PEERS[: None if roof else 3]):
+        table.add_column(column, justify="right")
+    for result in results:
+        ms = result["milliseconds"]
+        best = min(ms[name] for name in (DENSE, DENSE_TUNED) if name in ms)
+        case = Case(**{field.name: result[field.name] for field in dataclasses.fields(Case)})
+        ours = ms.get(OURS)
+        speedup = None if ours is None else best / ours
+        cells = [
+            _cell(best, " ms"), _cell(ours, " ms"), _cell(ms.get(UNPERMUTED), " ms"), _cell(speedup, "x"),
+            _cell(None if speedup is None else speedup * result["density"], ""),
+        ]  # fmt: skip
+        if roof:
+            cells.append(_cell(roof_fraction(result, roof), ""))
+        cells += [_cell(best / ms[name] if name in ms else None, "x") for name in PEERS[: None if roof else 3]]
+        table.add_row(str(case), *cells)
+    return table
+
+
+def _cell(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases")
+    parser.add_argument("--quick", action="store_true", help="the first case, briefly, nothing written")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    arguments = parser.parse_args()
+    cases = cpu_cases() if arguments.device == "cpu" else gpu_cases()
+    console = Console(width=200)
+    if arguments.dry_run:
+        for case in cases:
+            console.print(case)
+        console.print(f"{len(cases)} cases on {arguments.device}; nothing was measured")
+        return
+    device = torch.device(arguments.device)
+    torch.set_num_threads(1)
+    budget = Budget(None, 3, 2.0) if arguments.quick else Budget(None, 15, 6.0)
+    roof = roofs(device)
+    results = []
+    for case in cases[:1] if arguments.quick else cases:
+        console.print(f"measuring {case}")
+        results.append(measure(case, device, budget))
+    machine = describe_machine()
+    name = machine["cpu"] if device.type == "cpu" else machine["gpu"]
+    console.print(table_of(results, roof, f"{name}: speed-ups are against the better of dense compiled and dense tuned"))
+    if not arguments.quick:
+        file = "cpu-kernels.json" if device.type == "cpu" else f"{str(name).lower().replace(' ', '-')}-kernels.json"
+        data = {"schema": 1, "machine": machine, "roofs": roof, "cases": results}
+        console.print(f"written to {write_json(data, arguments.out / file)}")
+
+
+if __name__ == "__main__":
+    main()
