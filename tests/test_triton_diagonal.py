@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def forced_tile():
-    """Makes every kernel take one tile."""
-    yield lambda tile: launch.set_chooser(lambda problem: tile)
-    launch.set_chooser(None)
+def forced_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+    """Makes every kernel take one tile, whatever was tuned."""
+    monkeypatch.setattr(launch, "_chooser", [])
+    return lambda tile: launch.set_chooser(lambda problem: tile)
 
 
 def layer_of(shape: Shape, dtype: torch.dtype, device: torch.device, sparsity: float = 0.8) -> TritonLayer:

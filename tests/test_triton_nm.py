@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -153,10 +154,10 @@ def tiles_of(kernel: str, structure: NM, tokens: int) -> list[Tile]:
 
 
 @pytest.fixture
-def forced_tile():
-    """Makes every kernel take one tile."""
-    yield lambda tile: launch.set_chooser(lambda problem: tile)
-    launch.set_chooser(None)
+def forced_tile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tile], None]:
+    """Makes every kernel take one tile, whatever was tuned."""
+    monkeypatch.setattr(launch, "_chooser", [])
+    return lambda tile: launch.set_chooser(lambda problem: tile)
 
 
 @pytest.mark.parametrize("structure", [NM(1, 10), NM(1, 4, vector=16), NM(2, 7, vector=24)], ids=lambda s: s.to_string())
