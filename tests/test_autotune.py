@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from padst_compile.autotune import lookup, tiles
+from padst_compile.autotune import lookup, measure, tiles
 from padst_compile.autotune.cache import Cache
 from padst_compile.autotune.effort import Budget
 from padst_compile.autotune.entry import Entry, Timing
@@ -21,7 +20,7 @@ from padst_compile.autotune.keys import Key
 from padst_compile.autotune.measure import interleaved_medians, interleaved_samples, raced_medians
 from padst_compile.autotune.problem import LayerProblem, token_bucket
 from padst_compile.autotune.space import Candidate
-from padst_compile.kernels import dispatch
+from padst_compile.kernels import dispatch, native
 from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.native.tiles import default_tile
 from padst_compile.passes.graph import STRUCTURED_LINEAR
@@ -32,8 +31,36 @@ LAUNCH = Problem("native_block", "block:16x16", 64, 64, 1024, 128, "float32", de
 SHORT, LONG = 0.0005, 0.01
 
 
+class Clock:
+    """Time passes where a test says so: candidates take exactly as long as they should, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture
+def real_time() -> None:
+    """Measure what really runs."""
+
+
+@pytest.fixture(autouse=True)
+def _clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "real_time" not in request.fixturenames:
+        monkeypatch.setattr(measure, "time", CLOCK)
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    native.load()  # built once, and not again for a folder that has no build
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
     return tmp_path
 
@@ -60,7 +87,7 @@ class Layer:
     def __call__(self) -> Any:
         self.measured += 1
         sparse, dense = self._seconds
-        return {"native": lambda: time.sleep(sparse), "dense": lambda: time.sleep(dense)}
+        return {"native": lambda: CLOCK.spend(sparse), "dense": lambda: CLOCK.spend(dense)}
 
 
 class TunableLayer(Layer):
@@ -69,11 +96,11 @@ class TunableLayer(Layer):
     def __call__(self) -> Any:
         def sparse() -> None:
             self.used.append(tile_for(LAUNCH, default_tile).tokens)
-            time.sleep(SHORT if self.used[-1] == 48 else LONG)
+            CLOCK.spend(SHORT if self.used[-1] == 48 else LONG)
 
         self.measured += 1
         self.used: list[int] = []
-        return {"native": sparse, "dense": lambda: time.sleep(LONG)}
+        return {"native": sparse, "dense": lambda: CLOCK.spend(LONG)}
 
 
 def never() -> Any:
@@ -149,6 +176,7 @@ def test_the_number_of_tokens_that_was_measured_is_named() -> None:
     assert choose_kernel(PROBLEM, never, "cached").reason == "3.0x faster than dense at 512 tokens (nearest bucket)"
 
 
+@pytest.mark.usefixtures("real_time")
 def test_both_outcomes_of_real_measurements() -> None:
     fast, slow = torch.zeros(1), torch.zeros(2_000_000)
     one: dict[Any, Callable[[], Any]] = {"native": lambda: fast + 1, "dense": lambda: slow.exp().exp()}
@@ -293,7 +321,7 @@ def test_in_a_race_the_hopeless_drop_out_and_the_others_take_turns() -> None:
     order: list[str] = []
 
     def run(name: str, seconds: float) -> Callable[[], None]:
-        return lambda: (order.append(name), time.sleep(seconds))[1]
+        return lambda: (order.append(name), CLOCK.spend(seconds))[1]
 
     medians = raced_medians(
         {"a": run("a", 0.001), "slow": run("slow", 0.05), "b": run("b", 0.001)}, "cpu", Budget(None, 3, 60.0)
@@ -305,7 +333,7 @@ def test_in_a_race_the_hopeless_drop_out_and_the_others_take_turns() -> None:
 
 def test_a_race_ends_with_its_budget() -> None:
     runs: list[None] = []
-    raced_medians({name: lambda: runs.append(time.sleep(0.01)) for name in "ab"}, "cpu", Budget(None, 1000, 0.0))
+    raced_medians({name: lambda: runs.append(CLOCK.spend(0.01)) for name in "ab"}, "cpu", Budget(None, 1000, 0.0))
     assert len(runs) == 4  # a warm-up and one timed run of each
 
 
