@@ -363,14 +363,15 @@ def test_the_nearest_number_of_tokens_answers_within_limits(tmp_path: Path, own:
     assert nearest(tokens=16, in_features=65) is None
 
 
-def test_among_equally_near_results_the_same_epilogue_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("same", "other"), [(64, 256), (256, 64)])
+def test_among_equally_near_results_the_same_epilogue_counts(tmp_path: Path, same: int, other: int) -> None:
     library = Library(Cache(tmp_path), tmp_path / "none")
-    library.cache.write(at(KEY, tokens=64, epilogue="relu"), entry(1.0))
-    library.cache.write(at(KEY, tokens=256), entry(2.0))
+    library.cache.write(at(KEY, tokens=other, epilogue="relu"), entry(1.0))
+    library.cache.write(at(KEY, tokens=same), entry(2.0))
     found = library.near(KEY)
     assert found is not None
     assert found.entry == entry(2.0)
-    found = library.near(at(KEY, tokens=64))
+    found = library.near(at(KEY, tokens=other))
     assert found is not None
     assert (found.entry, found.source) == (entry(1.0), "nearest bucket")
 
