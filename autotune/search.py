@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
@@ -59,7 +61,10 @@ def worth_measuring(
     """The tiles to measure: the default, then those that the cost model likes best and that compile well."""
     default, *others = tiles
     chosen: list[Tile] = []
-    for tile in ranked(problem, without_waste(problem, others), on):
+    order = ranked(problem, without_waste(problem, others), on)
+    if budget.tiles is None:
+        facts = _asked_at_once(problem, order, facts)
+    for tile in order:
         if budget.tiles is not None and (len(chosen) >= budget.tiles or _size(tile) in map(_size, chosen)):
             continue  # where few are measured, they should differ in more than the model can tell
         known = facts(problem, tile)
@@ -70,6 +75,13 @@ def worth_measuring(
             logger.debug("%s: %s is left out: %s", problem.kernel, tile, reason)
     # In the order of the space, whatever the model thinks: a tie between two of them is broken the same way ever after.
     return [default, *(tile for tile in others if tile in chosen)]
+
+
+def _asked_at_once(problem: Problem, tiles: Sequence[Tile], facts: FactsOf) -> FactsOf:
+    """The same answers, from as many threads as there are cores: compilers let go of Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        known = dict(zip(tiles, pool.map(functools.partial(facts, problem), tiles), strict=True))
+    return lambda problem, tile: known[tile]
 
 
 def _size(tile: Tile) -> tuple[int, int, int]:
