@@ -199,7 +199,7 @@ class TestTiles:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("depth", [16, 32, 64])
+@pytest.mark.parametrize("depth", [16, 64])
 class TestJoinedBlocks:
     """Several blocks in one step, whole or in part."""
 

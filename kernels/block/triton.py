@@ -378,7 +378,8 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
         "in_features": in_features,
         "out_features": out_features,
         "row_count": row_count,
-        "blocks_per_row": blocks.columns.numel() // row_count,
+        # A constant where it is not read: the compiler specialises on some values.
+        "blocks_per_row": blocks.columns.numel() // row_count if blocks.row_pointers is None else 0,
         "x_token_stride": x.stride(0),
         "x_feature_stride": x.stride(1),
         "y_token_stride": y.stride(0),
