@@ -28,7 +28,7 @@ def tiles(problem: Problem) -> list[Tile]:
     sides = (1, 4) if problem.tokens <= 8 else (8, 16, 32, 64)
     found = [
         _tile(min(tokens, problem.tokens), outputs, warps)
-        for tokens, outputs, warps in itertools.product(sides, (32, 64, 128), (4, 8))
+        for tokens, outputs, warps in itertools.product(sides, (32, 64), (4, 8))
         if tokens * outputs <= _MOST_SUMS
     ]
     return list(dict.fromkeys(found))

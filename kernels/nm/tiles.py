@@ -14,7 +14,6 @@ LEAST_DOT = 16  # rows, columns and depth of the smallest product of tensor core
 _LARGEST_DOT = 128  # rows of one program: accumulators of more tokens than that do not fit in registers
 _MANY_SUMS = 128 * 64  # of four warps
 _FEWEST_SUMS = 2  # of a thread
-_FEWEST_TOKENS = 4  # a tile takes at least a fourth of the tokens, where these are few
 _MOST_GATHERED = 32  # inputs that a thread fetches one by one in a step
 _TALL = 128  # tokens of a tile, unless it is narrow
 _MOST_TOKENS = 64  # in float32, whose operands take twice the registers
@@ -28,7 +27,7 @@ def default_tile(problem: Problem) -> Tile:
         return _dot(problem, structure)
     if problem.kernel == "nm_value_gradient":
         return Tile(tokens=32, outputs=8, depth=16, stages=2, variant="gather")
-    return _gather(min(problem.tokens, 64), 32, 4)
+    return _gather(min(problem.tokens, 64), 32)
 
 
 def tiles(problem: Problem) -> list[Tile]:
@@ -61,13 +60,14 @@ def _dot(problem: Problem, structure: NM) -> Tile:
 
 def _dots(problem: Problem, structure: NM) -> list[Tile]:
     rows, depths = _rows(structure), (32, 64) if _itemsize(problem) == 2 else (32,)
+    sums_tokens = problem.kernel == "nm_value_gradient"
+    least = 16 if sums_tokens else min(problem.tokens, 128) // 2  # smaller tiles would read the weights more often
     found = []
     for tokens, depth, stages in itertools.product((16, 32, 64, 128, 256), depths, (3, 4)):
-        sums = rows * (depth if problem.kernel == "nm_value_gradient" else tokens)
-        for warps in (4,) if sums < _MANY_SUMS else (4, 8):
+        for warps in (4,) if rows * (depth if sums_tokens else tokens) < _MANY_SUMS else (4, 8):
             tile = Tile(tokens, rows, depth, warps=warps, stages=stages, variant="dot")
-            if _FEWEST_TOKENS * tokens >= min(problem.tokens, 128) and tokens <= max(LEAST_DOT, problem.tokens):
-                found += [tile] if _fits(problem, tile) else []
+            if least <= tokens <= max(LEAST_DOT, problem.tokens) and _fits(problem, tile):
+                found.append(tile)
     return found or [_dot(problem, structure)]
 
 
@@ -99,22 +99,19 @@ def _operands(problem: Problem, tile: Tile) -> tuple[int, int]:
     return tile.tokens * tile.depth, tile.outputs * tile.depth
 
 
-def _gather(tokens: int, outputs: int, warps: int) -> Tile:
-    depth = max(1, min(32, _PRODUCTS * warps // 4 // (tokens * outputs)))
-    return Tile(tokens, outputs, depth, warps=warps, stages=2, variant="gather")
+def _gather(tokens: int, outputs: int) -> Tile:
+    depth = max(1, min(32, _PRODUCTS // (tokens * outputs)))
+    return Tile(tokens, outputs, depth, warps=4, stages=2, variant="gather")
 
 
 def _gathers(problem: Problem) -> list[Tile]:
     if problem.kernel == "nm_value_gradient":
         shapes = ((16, 8, 32), (16, 16, 16), (32, 8, 16), (64, 8, 8), (64, 4, 16))
         return [Tile(*shape, warps=4, stages=2, variant="gather") for shape in shapes]
-    sides = (1, 8) if problem.tokens <= 8 else (16, 32, 64, 128)
-    found = [
-        _gather(min(tokens, problem.tokens), outputs, warps)
-        for tokens, outputs, warps in itertools.product(sides, (32, 64), (4, 8))
-        if tokens * outputs <= _PRODUCTS * warps // 4
-    ]
-    return list(dict.fromkeys(found))
+    sides = (1, 8) if problem.tokens <= 8 else (16, 32, 64)
+    widths = (32,) if problem.kernel == "nm_input_gradient" else (32, 64)
+    found = [_gather(min(tokens, problem.tokens), outputs) for tokens in sides for outputs in widths]
+    return [tile for tile in dict.fromkeys(found) if tile.tokens * tile.outputs <= _PRODUCTS // 2]
 
 
 def _rows(structure: NM) -> int:
