@@ -13,7 +13,7 @@ import torch
 from padst_compile.autotune.effort import Budget
 from padst_compile.autotune.machine import cpu_cache_bytes
 
-_HOPELESS = 3.0  # times slower than the fastest: one run says it all
+_DISTURBED = 1.5  # times slower than the fastest run is a median on a busy machine alone
 _FLUSH = 2  # times the size of the cache
 _LAUNCH_CYCLES = 400_000  # about 0.2 ms: longer than it takes to launch a product
 
@@ -48,35 +48,47 @@ def interleaved_samples(
     return samples
 
 
-def raced_medians(
-    candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget, *, hopeless: float = _HOPELESS
-) -> dict[Any, float]:
-    """Median seconds of every candidate with a cold cache, as a layer finds it after all others have run.
+def raced_medians(candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget) -> dict[Any, float]:
+    """Median seconds of every candidate with a cold cache, see `raced_samples`."""
+    return {name: statistics.median(times) for name, times in raced_samples(candidates, device, budget).items()}
 
-    Candidates take turns. Who is hopelessly slower than the fastest drops out after one timed run, and no round starts when the
-    budget's time is over: large problems are measured once or twice, small ones as often as the budget allows.
+
+def raced_seconds(candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget) -> dict[Any, float]:
+    """The same for a decision: medians, or, where other processes disturb the race, the fastest runs.
+
+    A disturbance only makes a run slower. On a busy machine it can hit more than half of the runs of one candidate, and so its
+    median; hardly ever all of them.
+    """
+    samples = raced_samples(candidates, device, budget)
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    fastest = {name: min(times) for name, times in samples.items()}
+    disturbed = any(medians[name] > _DISTURBED * fastest[name] for name in samples)
+    return fastest if disturbed else medians
+
+
+def raced_samples(candidates: Mapping[Any, Callable[[], Any]], device: str, budget: Budget) -> dict[Any, list[float]]:
+    """Seconds of every run of every candidate with a cold cache, as a layer finds it after all others have run.
+
+    Candidates take turns, and no round starts when the budget's time is over: large problems are measured once or twice, small
+    ones as often as the budget allows.
 
     Args:
         candidates: what to run, by anything that tells them apart.
         device: type of the device that they run on.
         budget: how often, and for how long.
-        hopeless: how many times slower than the fastest one must be to drop out; infinity where all times are reported.
     """
     for run in candidates.values():
         run()  # allocations, compilation, threads
     samples: dict[Any, list[float]] = {name: [] for name in candidates}
-    running = dict(candidates)
     timer = _time_on_gpu if device == "cuda" else _time_once
     deadline = time.perf_counter() + budget.seconds
     for _ in range(budget.repetitions):
-        for name, run in running.items():
+        for name, run in candidates.items():
             flush_cache(device)
             samples[name].append(timer(run))
-        fastest = min(min(times) for times in samples.values())
-        running = {name: run for name, run in running.items() if min(samples[name]) <= hopeless * fastest}
-        if time.perf_counter() > deadline or len(running) <= 1:
+        if time.perf_counter() > deadline:
             break
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return samples
 
 
 def flush_cache(device: str) -> None:

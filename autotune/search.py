@@ -15,7 +15,7 @@ from padst_compile.autotune.entry import Entry, Timing
 from padst_compile.autotune.facts import compiled_facts
 from padst_compile.autotune.lookup import library
 from padst_compile.autotune.machine import Machine, machine
-from padst_compile.autotune.measure import raced_medians
+from padst_compile.autotune.measure import raced_seconds
 from padst_compile.autotune.problem import Kernel, LayerProblem
 from padst_compile.autotune.space import Candidate, FactsOf, no_facts, tiles_of, why_not, without_waste
 from padst_compile.autotune.tiles import default_tiles, device_of, forget, given_tiles, launch_key, recorded
@@ -109,7 +109,7 @@ def _best_tile(launch: Problem, run: Run, effort: Effort) -> Tile | None:
 def _measured(candidates: Mapping[Candidate, Run], device: str, effort: Effort) -> Entry:
     """The times of those candidates that run; what has no tile of its own must."""
     usable = {name: run for name, run in candidates.items() if name.tile is None or _runs(name, run)}
-    seconds = raced_medians(usable, device, BUDGETS[effort])
+    seconds = raced_seconds(usable, device, BUDGETS[effort])
     assert effort in ("quick", "full")
     return Entry(effort, tuple(Timing(candidate, seconds[candidate]) for candidate in usable))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def measure(case: Case, device: torch.device, budget: Budget) -> dict[str, Any]:
                 missing[name] = f"wrong by {off:.1e}"
             else:
                 ready[name] = run
-        seconds = raced_medians(ready, device.type, budget, hopeless=math.inf)
+        seconds = raced_medians(ready, device.type, budget)
     milliseconds = {name: 1e3 * value for name, value in seconds.items()}
     return {**dataclasses.asdict(case), "density": layer.density, "milliseconds": milliseconds, "missing": missing}
 

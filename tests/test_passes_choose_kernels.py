@@ -115,7 +115,7 @@ def test_unstructured_layers_are_dense_whatever_is_asked(policy: Any) -> None:
 def test_measuring_takes_the_faster_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sparse: float, kernel: str) -> None:
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
-        search, "raced_medians", lambda runs, device, budget: {c: 2.0 if c.kernel == "dense" else sparse for c in runs}
+        search, "raced_seconds", lambda runs, device, budget: {c: 2.0 if c.kernel == "dense" else sparse for c in runs}
     )
     monkeypatch.setattr(dispatch, "has_native_kernel", lambda structure, device, dtype: False)
     rule = ChooseKernels("measure")
@@ -148,7 +148,7 @@ def test_the_best_token_tile_becomes_an_argument_and_changes_nothing(
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
     wanted = Tile(tokens, 0, 0) if tokens else None
     monkeypatch.setattr(
-        search, "raced_medians", lambda runs, device, budget: {c: 1.0 if c.tile == wanted else 2.0 for c in runs}
+        search, "raced_seconds", lambda runs, device, budget: {c: 1.0 if c.tile == wanted else 2.0 for c in runs}
     )
     model = Product("block:16", torch.float32)
     facts = facts_of(model)
