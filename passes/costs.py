@@ -49,9 +49,9 @@ class CostModel:
     element_bytes: int = 4
     device: str = "cpu"
     tokens: sympy.Expr | int = TOKENS
-    kernel_gather: int = 3
-    separate_gather: int = 8
-    dispatch: int = 140_000
+    kernel_gather: int = 2
+    separate_gather: int = 7
+    dispatch: int = 150_000
 
     def fold(self, n: int, parameter_bytes: int = 0) -> sympy.Expr:
         """Parameters of `n` features stored in another order."""
