@@ -75,7 +75,7 @@ def test_larger_elements_cost_more_only_in_an_op_of_its_own() -> None:
 
 def test_a_fixed_number_of_tokens_is_that_value_of_the_formula() -> None:
     assert at(CostModel(tokens=197).separate(768), 1) == at(CostModel().separate(768), 197)
-    assert at(CostModel(tokens=TOKENS / 4).load(1, "block"), 2) == 6  # 5.5, rounded up
+    assert at(CostModel(tokens=TOKENS / 4, kernel_gather=3).load(1, "block"), 2) == 6  # 5.5, rounded up
 
 
 def test_one_sign_for_all_tokens_decides_whatever_the_hint() -> None:
