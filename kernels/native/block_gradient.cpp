@@ -89,13 +89,9 @@ void accumulate_any(const BlockMatrix& s, const at::Tensor& grad, const at::Tens
 at::Tensor block_value_gradient(
     const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& row_pointers, const at::Tensor& columns,
     int64_t block_rows, int64_t block_columns) {
-  TORCH_CHECK(grad_in.dim() == 2 && x_in.dim() == 2, "grad and x must be [tokens, features]");
-  TORCH_CHECK(grad_in.device().is_cpu() && x_in.device().is_cpu(), "grad and x must be on the CPU");
-  TORCH_CHECK(grad_in.size(0) == x_in.size(0), "grad has ", grad_in.size(0), " tokens, x has ", x_in.size(0));
-  TORCH_CHECK(grad_in.scalar_type() == x_in.scalar_type(), "x is ", x_in.scalar_type(), " but grad is ", grad_in.scalar_type());
+  check_gradient_operands(grad_in, x_in);
   TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "no micro-kernel for ", x_in.scalar_type(), " here");
-  TORCH_CHECK(
-      block_rows > 0 && block_columns > 0 && x_in.size(1) > 0 && grad_in.size(1) > 0, "blocks and features must not be empty");
+  TORCH_CHECK(block_rows > 0 && block_columns > 0, "blocks must not be empty");
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
   const BlockMatrix s = describe_blocks(x.size(1), grad.size(1), block_rows, block_columns, row_pointers, columns);
   at::Tensor values = at::zeros({s.blocks(), block_columns, block_rows}, x.options().dtype(at::kFloat));

@@ -61,6 +61,15 @@ inline void check_operands(const at::Tensor& x, const at::Tensor& values, int64_
   TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x is ", x.scalar_type(), " but values are ", values.scalar_type());
 }
 
+// The two operands of a gradient of values, both [tokens, features].
+inline void check_gradient_operands(const at::Tensor& grad, const at::Tensor& x) {
+  TORCH_CHECK(grad.dim() == 2 && x.dim() == 2, "grad and x must be [tokens, features]");
+  TORCH_CHECK(grad.device().is_cpu() && x.device().is_cpu(), "grad and x must be on the CPU");
+  TORCH_CHECK(grad.size(0) == x.size(0), "grad has ", grad.size(0), " tokens, x has ", x.size(0));
+  TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), " but grad is ", grad.scalar_type());
+  TORCH_CHECK(grad.size(1) > 0 && x.size(1) > 0, "grad and x must have features");
+}
+
 // The bias in the precision of the accumulators; zeros where there is none, which spares the kernels a case.
 inline at::Tensor float_bias(const OptionalTensor& bias, int64_t out_features) {
   if (!bias.has_value()) {

@@ -139,20 +139,12 @@ at::Tensor gradient(const P& pattern, const at::Tensor& rows, const at::Tensor& 
   return values.to(rows.scalar_type());
 }
 
-void check_sides(const at::Tensor& grad, const at::Tensor& x) {
-  TORCH_CHECK(grad.dim() == 2 && x.dim() == 2, "grad and x must be [tokens, features]");
-  TORCH_CHECK(grad.device().is_cpu() && x.device().is_cpu(), "grad and x must be on the CPU");
-  TORCH_CHECK(grad.size(0) == x.size(0), "grad has ", grad.size(0), " tokens, x has ", x.size(0));
-  TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), " but grad is ", grad.scalar_type());
-  TORCH_CHECK(row_gather_supports(x.scalar_type()), "no native kernel for ", x.scalar_type());
-  TORCH_CHECK(grad.size(1) > 0 && x.size(1) > 0, "grad and x must have features");
-}
-
 }  // namespace
 
 at::Tensor nm_value_gradient(
     const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& offsets, int64_t n, int64_t m, int64_t vector) {
-  check_sides(grad_in, x_in);
+  check_gradient_operands(grad_in, x_in);
+  TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "no native kernel for ", x_in.scalar_type());
   check_nm_offsets(offsets, x_in.size(1), grad_in.size(1), n, m, vector);
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
   const NmPattern pattern{n, m, vector, offsets.size(1), offsets.const_data_ptr<uint8_t>()};
@@ -160,7 +152,8 @@ at::Tensor nm_value_gradient(
 }
 
 at::Tensor diagonal_value_gradient(const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& offsets_in) {
-  check_sides(grad_in, x_in);
+  check_gradient_operands(grad_in, x_in);
+  TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "no native kernel for ", x_in.scalar_type());
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
   const bool wide = x.size(1) >= grad.size(1);
   const at::Tensor &shorter = wide ? grad : x, &longer = wide ? x : grad;
