@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from padst_compile import SparsitySpec, sparsify
 from padst_compile.autotune.measure import interleaved_medians
@@ -27,6 +26,7 @@ from padst_compile.backend import padst
 from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import ModelCase, build_model, first_tensor
 from padst_compile.benchmarking.report import write_json
+from padst_compile.benchmarking.run import own_code
 from padst_compile.structures import parse
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +92,7 @@ def _run(case: Case, model: ModelCase, device: torch.device, compile_call: Calla
     placed = dataclasses.replace(model, model=copy.deepcopy(model.model)).on(device)
     placed.model.to(dtype)
     args = placed.inputs_as(dtype)
-    call = compile_call(_own_code(placed.model))
+    call = compile_call(own_code(placed.model))
     if not case.training:
 
         def forward() -> None:
@@ -108,16 +108,6 @@ def _run(case: Case, model: ModelCase, device: torch.device, compile_call: Calla
         optimizer.zero_grad()
 
     return step
-
-
-def _own_code(model: nn.Module) -> Callable[..., Any]:
-    """A function with a code object of its own: Dynamo keeps compiled code per code object, see `benchmarking.run`."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    call.__code__ = call.__code__.replace(co_name=f"call_{id(model)}")
-    return call
 
 
 def main() -> None:

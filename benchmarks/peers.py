@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from padst_compile import SparsitySpec, sparsify
 from padst_compile.backend import padst
+from padst_compile.benchmarking.run import own_code
 from padst_compile.kernels.block.aten import BlockFormat
 from padst_compile.structures import Block, Shape, Structure, Topology
 
@@ -71,13 +73,13 @@ class Layer:
         return F.linear(self.x.double(), self.weight.double(), self.bias.double())
 
     def _compiled(self, model: nn.Module, **options: Any) -> Run:
-        compiled = torch.compile(_Call(model), **options)
+        compiled = torch.compile(own_code(model), **options)
         return lambda: compiled(self.x)  # type: ignore[no-any-return]  # a tensor
 
     def _dense_tuned(self) -> Run:
         if self.device.type == "cuda":
-            return self._compiled(self.dense, mode="max-autotune-no-cudagraphs")
-        run = self._compiled(self.dense)
+            return self._compiled(copy.deepcopy(self.dense), mode="max-autotune-no-cudagraphs")
+        run = self._compiled(copy.deepcopy(self.dense))
         with inductor_config.patch(freezing=True):
             run()
         return run
@@ -113,14 +115,3 @@ class Layer:
         kept = self.dense.weight.detach() * pattern.repeat(self.shape.in_features // 4)
         weight = nn.Parameter(to_sparse_semi_structured(kept))
         return lambda: F.linear(self.x, weight, self.bias)
-
-
-class _Call(nn.Module):
-    """A module whose class Dynamo compiles apart from every other candidate's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x)  # type: ignore[no-any-return]  # a tensor

@@ -128,7 +128,7 @@ def compare(case: ModelCase, spec: SparsitySpec, settings: Settings, progress: P
         progress(f"{case.name}: compiling {name}")
         start = time.perf_counter()
         with torch.no_grad():
-            compiled = compile_model(_own_code(candidate))
+            compiled = compile_model(own_code(candidate))
             run = _call(compiled, inputs, case.kwargs)
             with fresh_cache(), inductor_config.patch(freezing=name == DENSE_FREEZING):
                 output = run()
@@ -187,7 +187,7 @@ def _start_compiler() -> None:
         torch.compile(lambda x: torch.tanh(x) + 1)(torch.ones(64))
 
 
-def _own_code(model: nn.Module) -> Callable[..., Any]:
+def own_code(model: nn.Module) -> Callable[..., Any]:
     """A function that calls `model`, with a code object of its own.
 
     Dynamo keeps compiled code per code object and takes parameters as inputs: copies of a model that share their code
