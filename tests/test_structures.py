@@ -384,3 +384,24 @@ def test_classes_of_diagonals_are_dense_blocks_under_a_stride_permutation(group:
     kept = round(0.5 * stride)
     assert blocks.sum(0).tolist() == [kept] * stride
     assert blocks.sum(1).tolist() == [kept] * stride
+
+
+# ---- the grid of units
+
+
+@given(packed_weights())
+def test_units_and_topology_say_the_same(case: PackedWeight) -> None:
+    active = case.structure.active_units(case.topology, case.shape)
+    rebuilt = case.structure.topology_of(active, case.shape)
+    assert all(torch.equal(new, old) and new.dtype == old.dtype for new, old in zip(rebuilt, case.topology, strict=True))
+    assert bool((active.sum(1) == case.structure.units_per_pool(case.shape, case.sparsity)).all())
+
+
+@given(packed_weights())
+def test_the_total_of_a_unit_is_the_sum_of_its_scores(case: PackedWeight) -> None:
+    size = case.shape.out_features, case.shape.in_features
+    scores = torch.randint(1, 9, size, generator=torch.Generator().manual_seed(case.shape.numel)).double()
+    totals = case.structure.unit_totals(scores)
+    active = case.structure.active_units(case.topology, case.shape)
+    assert totals[active].sum() == scores[mask_of(case.structure, case.topology, case.shape)].sum()
+    assert totals[totals > -torch.inf].sum() == scores.sum()

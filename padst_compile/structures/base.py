@@ -2,6 +2,10 @@
 
 A structure works on a weight `[out_features, in_features]`. Its *topology* is a tuple of index tensors that says which
 weights are active; its *values* are the active weights alone, packed.
+
+What is active or not as a whole is a *unit*: a block, a position of an N:M group, a class of diagonals, a weight. Units lie in
+*pools*, each of which keeps the number of its active units: one pool for the layer, or one per N:M group. So a grid
+`[pools, units]` describes every structure to whoever chooses among units.
 """
 
 from __future__ import annotations
@@ -46,9 +50,27 @@ class Structure(abc.ABC):
             EmptyLayerError: nothing would be active at `sparsity`.
         """
 
-    @abc.abstractmethod
     def choose(self, scores: torch.Tensor, sparsity: float) -> Topology:
         """The topology that keeps the largest total of `scores` `[out, in]` (non-negative) at `sparsity`."""
+        shape = Shape(*scores.shape)
+        totals = self.unit_totals(scores)
+        return self.topology_of(largest(totals, self.units_per_pool(shape, sparsity)), shape)
+
+    @abc.abstractmethod
+    def units_per_pool(self, shape: Shape, sparsity: float) -> int:
+        """Active units in each pool at `sparsity`."""
+
+    @abc.abstractmethod
+    def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
+        """Sums of `scores` `[out, in]` over each unit, `[pools, units]`; -inf where a unit lies outside the layer."""
+
+    @abc.abstractmethod
+    def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
+        """Which units are active, bool `[pools, units]`."""
+
+    @abc.abstractmethod
+    def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
+        """The topology of a grid of units, bool `[pools, units]`; the inverse of `active_units`."""
 
     @abc.abstractmethod
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -75,7 +97,7 @@ class Structure(abc.ABC):
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
-def active_units(total: int, sparsity: float, module: str, unit: str) -> int:
+def count_active(total: int, sparsity: float, module: str, unit: str) -> int:
     """How many of `total` units stay active.
 
     Raises:
@@ -120,6 +142,6 @@ def is_integer(tensor: torch.Tensor) -> bool:
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Ascending positions of the `count` largest entries of a flat tensor; ties go to the lower position."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:count].sort().values
+    """Where the `count` largest entries of each row lie, bool in the shape of `scores`; ties go to the lower position."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], value=True)

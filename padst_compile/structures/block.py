@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from padst_compile.errors import SpecError
-from padst_compile.structures.base import Shape, Structure, Topology, active_units, largest, not_indices, require_positive
+from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +51,31 @@ class Block(Structure):
     def check(self, shape: Shape, sparsity: float, module: str) -> None:
         """See `Structure.check`: at least one block must stay."""
         row_count, column_count = self.grid(shape)
-        active_units(row_count * column_count, sparsity, module, f"{self.rows}x{self.columns} block")
+        count_active(row_count * column_count, sparsity, module, f"{self.rows}x{self.columns} block")
 
-    def choose(self, scores: torch.Tensor, sparsity: float) -> Topology:
-        """The blocks with the largest sums of scores (the L1 score of structured DynSparse, Dietrich et al. 2021)."""
-        shape = Shape(*scores.shape)
+    def units_per_pool(self, shape: Shape, sparsity: float) -> int:
+        """See `Structure.units_per_pool`: all blocks are one pool."""
         row_count, column_count = self.grid(shape)
-        totals = self._tiles(scores).sum((1, 3)).flatten()
-        kept = largest(totals, active_units(totals.numel(), sparsity, "", "block"))
-        counts = torch.bincount(kept // column_count, minlength=row_count)
-        row_pointers = torch.zeros(row_count + 1, dtype=torch.int32, device=scores.device)
-        row_pointers[1:] = counts.cumsum(0)
-        return row_pointers, (kept % column_count).int()
+        return count_active(row_count * column_count, sparsity, "", "block")
+
+    def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
+        """See `Structure.unit_totals`: the L1 score of structured DynSparse (Dietrich et al. 2021) for magnitudes."""
+        return self._tiles(scores).sum((1, 3)).reshape(1, -1)
+
+    def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
+        """See `Structure.active_units`."""
+        row_count, column_count = self.grid(shape)
+        active = torch.zeros(1, row_count * column_count, dtype=torch.bool, device=topology[1].device)
+        active[0, self.block_rows(topology) * column_count + topology[1].long()] = True
+        return active
+
+    def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
+        """See `Structure.topology_of`."""
+        row_count, column_count = self.grid(shape)
+        grid = active.reshape(row_count, column_count)
+        row_pointers = torch.zeros(row_count + 1, dtype=torch.int32, device=active.device)
+        row_pointers[1:] = grid.sum(1).cumsum(0)
+        return row_pointers, grid.nonzero()[:, 1].int()
 
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
         """See `Structure.pack`."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from padst_compile.errors import StructureMismatchError
-from padst_compile.structures.base import Shape, Structure, Topology, active_units, largest, not_indices, require_positive
+from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +49,29 @@ class Diagonal(Structure):
                 f"Diagonal(group={self.group}) needs a stride of {length}/{self.group} that divides {length} and {period}",
                 f"the nearest group that does is {nearest}",
             )
-        active_units(self.classes(shape), sparsity, module, "diagonal" if self.group == 1 else "class of diagonals")
+        count_active(self.classes(shape), sparsity, module, "diagonal" if self.group == 1 else "class of diagonals")
 
-    def choose(self, scores: torch.Tensor, sparsity: float) -> Topology:
-        """The diagonals, or residue classes of them, with the largest sums of scores."""
+    def units_per_pool(self, shape: Shape, sparsity: float) -> int:
+        """See `Structure.units_per_pool`: all diagonals, or residue classes of them, are one pool."""
+        return count_active(self.classes(shape), sparsity, "", "diagonal")
+
+    def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
+        """See `Structure.unit_totals`."""
         shape = Shape(*scores.shape)
-        _, period = _sizes(shape)
-        totals = self.pack(scores, (torch.arange(period, device=scores.device),)).sum(1)
+        totals = self.pack(scores, (torch.arange(_sizes(shape)[1], device=scores.device),)).sum(1)
+        return totals.reshape(-1, self.classes(shape)).sum(0, keepdim=True)
+
+    def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
+        """See `Structure.active_units`."""
         classes = self.classes(shape)
-        kept = largest(totals.reshape(-1, classes).sum(0), active_units(classes, sparsity, "", "diagonal"))
-        offsets = torch.arange(0, period, classes, device=scores.device)[:, None] + kept
+        active = torch.zeros(1, classes, dtype=torch.bool, device=topology[0].device)
+        active[0, topology[0].long() % classes] = True
+        return active
+
+    def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
+        """See `Structure.topology_of`."""
+        kept = active[0].nonzero()[:, 0]
+        offsets = torch.arange(0, _sizes(shape)[1], self.classes(shape), device=active.device)[:, None] + kept
         return (offsets.flatten().int(),)
 
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:

@@ -65,14 +65,29 @@ class NM(Structure):
                 else f"the nearest m that divides is {nearest}, as in NM({self.n}, {nearest})",
             )
 
-    def choose(self, scores: torch.Tensor, sparsity: float) -> Topology:
-        """The `n` inputs of every group with the largest scores, summed over the rows that share the choice."""
+    def units_per_pool(self, shape: Shape, sparsity: float) -> int:
+        """See `Structure.units_per_pool`: every group of M inputs, for every group of rows, is a pool."""
+        return self.n
+
+    def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
+        """See `Structure.unit_totals`: scores summed over the rows that share the choice."""
         totals = self._groups(scores).sum(1)
         tail = scores.shape[1] % self.m
         if tail:
-            totals[:, -1, tail:] = -1.0  # padding loses against every score, which are not negative
-        order = torch.sort(totals, dim=-1, descending=True, stable=True).indices[..., : self.n]
-        return (order.sort(-1).values.flatten(1).to(torch.uint8),)
+            totals[:, -1, tail:] = -torch.inf
+        return totals.flatten(0, 1)
+
+    def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
+        """See `Structure.active_units`."""
+        row_groups, input_groups = self.groups(shape)
+        kept = topology[0].long().reshape(row_groups * input_groups, self.n)
+        active = torch.zeros(row_groups * input_groups, self.m, dtype=torch.bool, device=kept.device)
+        return active.scatter_(1, kept, value=True)
+
+    def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
+        """See `Structure.topology_of`."""
+        row_groups, _ = self.groups(shape)
+        return (active.nonzero()[:, 1].reshape(row_groups, -1).to(torch.uint8),)
 
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
         """See `Structure.pack`."""

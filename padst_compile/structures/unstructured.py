@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from padst_compile.structures.base import Shape, Structure, Topology, active_units, largest
+from padst_compile.structures.base import Shape, Structure, Topology, count_active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,23 @@ class Unstructured(Structure):
 
     def check(self, shape: Shape, sparsity: float, module: str) -> None:
         """See `Structure.check`."""
-        active_units(shape.numel, sparsity, module, "weight")
+        count_active(shape.numel, sparsity, module, "weight")
 
-    def choose(self, scores: torch.Tensor, sparsity: float) -> Topology:
-        """The weights with the largest scores."""
-        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-        mask[largest(scores.flatten(), active_units(scores.numel(), sparsity, "", "weight"))] = True
-        return (mask.reshape(scores.shape),)
+    def units_per_pool(self, shape: Shape, sparsity: float) -> int:
+        """See `Structure.units_per_pool`: all weights are one pool."""
+        return count_active(shape.numel, sparsity, "", "weight")
+
+    def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
+        """See `Structure.unit_totals`: every weight is a unit."""
+        return scores.reshape(1, -1)
+
+    def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
+        """See `Structure.active_units`."""
+        return topology[0].reshape(1, -1)
+
+    def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
+        """See `Structure.topology_of`."""
+        return (active.reshape(shape.out_features, shape.in_features),)
 
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
         """The masked weight itself."""
