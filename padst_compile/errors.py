@@ -90,6 +90,22 @@ class MissingDeviceError(PadstError, RuntimeError):
     """A device that this machine does not have."""
 
 
+class MissingPackageError(PadstError, ImportError):
+    """An optional package that a request needs."""
+
+
+class TrainingDataError(PadstError, ValueError):
+    """Training data that is not there, or that cannot be read as what it should be."""
+
+
+class RunFolderError(PadstError, RuntimeError):
+    """A run folder that belongs to another configuration, is in use, or is damaged."""
+
+
+class TrainingDivergedError(PadstError, ArithmeticError):
+    """A loss that is no longer a number."""
+
+
 class DrawingError(PadstError, ValueError):
     """A picture that cannot be drawn: of a module that is not there, or in a format that is not known."""
 

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path`, replacing the file atomically; nothing is left behind where that fails."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path.name)) as folder:
         draft = Path(folder) / path.name
         draft.write_text(text)
         draft.replace(path)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace the file `path` atomically by what `write` puts at the path it is given, and keep it through a power failure.
+
+    The content is on the disk before the name points to it, and the name before this returns. A process that is killed leaves
+    the old file and perhaps a draft beside it, see `remove_drafts`.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path.name)) as folder:
+        draft = Path(folder) / path.name
+        write(draft)
+        _sync(draft)
+        draft.replace(path)
+    _sync(path.parent)
+
+
+def remove_drafts(path: Path) -> None:
+    """Remove what killed processes left behind while they replaced the file `path`. Nobody may be writing it."""
+    for folder in path.parent.glob(f"{_prefix(path.name)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(name: str) -> str:
+    return f".{name}."
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -96,7 +96,7 @@ def _fill_zero_weights(model: nn.Module) -> None:
 
 
 def _timm(name: str, model_name: str, batch: int, tokens: int) -> ModelCase:
-    timm = _require("timm", name)
+    timm = require_package("timm", name)
     if not timm.is_model(model_name):
         raise UnknownModelError(f"timm has no model {model_name!r}{did_you_mean(model_name, timm.list_models())}")
     model = timm.create_model(model_name, pretrained=False)
@@ -105,12 +105,12 @@ def _timm(name: str, model_name: str, batch: int, tokens: int) -> ModelCase:
 
 
 def _transformers(name: str, text: str, batch: int, tokens: int) -> ModelCase:
-    transformers = _require("transformers", name)
+    transformers = require_package("transformers", name)
     model_type, *changes = text.split(",")
     known = transformers.CONFIG_MAPPING
     if model_type not in known:
         raise UnknownModelError(f"transformers has no model type {model_type!r}{did_you_mean(model_type, list(known))}")
-    config = known[model_type](**dict(_setting(change, name) for change in changes))
+    config = known[model_type](**dict(parse_setting(change, name) for change in changes))
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
     causal = causal and model_type not in ("bert", "roberta", "electra")
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -132,7 +132,12 @@ def _linear(name: str, text: str, batch: int, tokens: int) -> ModelCase:
     return ModelCase(name, layer, (torch.randn(batch * tokens, in_features),), {}, batch * tokens)
 
 
-def _setting(text: str, name: str) -> tuple[str, Any]:
+def parse_setting(text: str, name: str) -> tuple[str, Any]:
+    """Key and value of `key=value`; the value is a Python literal or, failing that, a string.
+
+    Raises:
+        UnknownModelError: `text` is nothing of the kind; the message quotes `name`.
+    """
     key, equals, value = text.partition("=")
     if not equals:
         raise UnknownModelError(f"cannot read {text!r} in {name!r}; write key=value")
@@ -142,7 +147,12 @@ def _setting(text: str, name: str) -> tuple[str, Any]:
         return key, value
 
 
-def _require(package: str, name: str) -> Any:
+def require_package(package: str, name: str) -> Any:
+    """The module `package`, which the model `name` needs.
+
+    Raises:
+        UnknownModelError: it is not installed.
+    """
     import importlib
 
     try:
