@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from padst_compile.kernels import dispatch
+from padst_compile.kernels import dispatch, gradient_tap
 from padst_compile.permutation import inverse
 from padst_compile.structures import Shape, parse
 
@@ -85,6 +85,9 @@ def structured_value_gradient(
 ) -> torch.Tensor:
     """The active entries of `grad.T @ x`, packed like `values`; `grad` is `[..., out]`, `x` is `[..., in]`."""
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    listener = gradient_tap.listener_of(topology)
+    if listener is not None:
+        listener.products(rows, inputs)
     return dispatch.value_gradient(parse(structure), rows, inputs, values, tuple(topology))
 
 
@@ -113,6 +116,9 @@ def _to_dense_fake(
 @torch.library.custom_op("padst::to_values", mutates_args=())
 def to_values(weight: torch.Tensor, topology: Sequence[torch.Tensor], values: torch.Tensor, structure: str) -> torch.Tensor:
     """The active entries of a dense `weight`, packed in the shape of `values`."""
+    listener = gradient_tap.listener_of(topology)
+    if listener is not None:  # the op is the gradient of `to_dense`, so the weight is one too
+        listener.weight(weight)
     return parse(structure).pack(weight, tuple(topology)).clone()
 
 

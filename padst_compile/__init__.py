@@ -7,21 +7,27 @@ from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsif
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.spec import SparsitySpec, load_spec, save_spec
 from padst_compile.structures import NM, Block, Diagonal, Unstructured
+from padst_compile.training import DSTConfig, LearnedPermutation, Runtime, attach, finalize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NM",
     "Block",
+    "DSTConfig",
     "Diagonal",
     "Explanation",
     "FoldableGroup",
+    "LearnedPermutation",
     "PermutedSparseLinear",
+    "Runtime",
     "SparsitySpec",
     "Unstructured",
     "Verification",
+    "attach",
     "densify",
     "explain",
+    "finalize",
     "foldable_permutations",
     "load_spec",
     "save_spec",

@@ -67,6 +67,10 @@ class InvalidPermutationError(PadstError, ValueError):
     """An index tensor that is not a permutation of the features it is applied to."""
 
 
+class PermutationScoresError(PadstError, ValueError):
+    """Scores or a soft matrix that no permutation can be chosen by: not square, not finite, or in too few bits."""
+
+
 class FeatureMismatchError(PadstError, ValueError):
     """An input whose last dimension is not the layer's `in_features`."""
 
@@ -112,6 +116,30 @@ class DrawingError(PadstError, ValueError):
 
 class UnsupportedGraphError(PadstError, TypeError):
     """A graph that the passes cannot work on as given."""
+
+
+class TrainingConfigError(PadstError, ValueError):
+    """A training configuration that cannot mean anything, or lacks what its method needs."""
+
+
+class AttachError(PadstError, ValueError):
+    """A model and optimizers that `padst.attach` cannot train."""
+
+
+class AlreadyAttachedError(AttachError):
+    """A second `attach` of the same layers; two runtimes would both move their weights."""
+
+
+class NotAttachedError(PadstError, ValueError):
+    """A model without a runtime, where one is needed."""
+
+
+class ResumeError(PadstError, ValueError):
+    """A training state that does not belong to this model and configuration."""
+
+
+class InvariantError(PadstError, AssertionError):
+    """Topology, weights or optimizer state that contradict each other after an update."""
 
 
 class VerificationError(PadstError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from padst_compile import permutation
 from padst_compile.errors import FeatureMismatchError, InvalidPermutationError
 from padst_compile.kernels.permute import permute
+from padst_compile.kernels.soft_permute import SOFT, soft_permute
 from padst_compile.kernels.structured_linear import structured_linear, to_dense
 from padst_compile.planning import LayerPlan
 from padst_compile.structures import Shape, Structure, Topology
@@ -35,6 +37,24 @@ class LayerConfig:
     origin: Origin = "linear"
 
 
+@dataclasses.dataclass
+class SoftPermutation:
+    """A permutation while it is being learned, relaxed to a matrix (PA-DST section 3); training state, not in `state_dict`.
+
+    Args:
+        matrix: float32 `[features, features]`, doubly stochastic; `x @ matrix.T` stands for the permutation.
+        state: uint8 `[1]` on the CPU, `SOFT` or `HARD`; once hard, the layer's `permutation` counts and the matrix does not.
+    """
+
+    matrix: torch.Tensor
+    state: torch.Tensor
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether the matrix counts."""
+        return int(self.state) == SOFT
+
+
 class PermutedSparseLinear(nn.Module):
     """`y = S Π x + b` or `y = Π S x + b` (PA-DST section 3) with a structured-sparse S and one permutation Π.
 
@@ -42,6 +62,8 @@ class PermutedSparseLinear(nn.Module):
         values: parameter, the active weights as the structure packs them.
         bias: parameter `[out_features]` or None, in the order of the outputs.
         permutation: buffer int32 `[features of the permuted side]` or None.
+
+        soft: the permutation while `padst.attach` learns it as a matrix, else None.
 
     The structure's index tensors are buffers under its `index_names`. All of them may be changed in place at any time.
     """
@@ -61,6 +83,7 @@ class PermutedSparseLinear(nn.Module):
         super().__init__()
         self.config = config
         self._structure_name = config.structure.to_string()
+        self.soft: SoftPermutation | None = None
         self.values = values
         self.register_parameter("bias", bias)
         self.register_buffer("permutation", permutation)
@@ -134,8 +157,8 @@ class PermutedSparseLinear(nn.Module):
         """
         if isinstance(x, torch.Tensor) and x.shape[-1] != self.in_features:  # a symbolic trace has no shapes
             raise FeatureMismatchError(f"expected {self.in_features} input features, got an input of shape {list(x.shape)}")
-        if self.permutation is not None and self.config.permuted == "input":
-            x = permute(x, self.permutation)
+        if self.config.permuted == "input":
+            x = self._permute(x)
         output_side = self.permutation is not None and self.config.permuted == "output"
         y: torch.Tensor = structured_linear(
             x,
@@ -148,9 +171,24 @@ class PermutedSparseLinear(nn.Module):
             self._structure_name,
         )
         if output_side:
-            y = permute(y, self.permutation)
+            y = self._permute(y)
             y = y if self.bias is None else y + self.bias.to(y.dtype)  # autocast may have made y narrower
         return y
+
+    def _permute(self, x: torch.Tensor) -> torch.Tensor:
+        if self.permutation is None:
+            return x
+        if self.soft is None:
+            permuted: torch.Tensor = permute(x, self.permutation)
+        else:
+            permuted = soft_permute(x, self.permutation, self.soft.matrix, self.soft.state)
+        return permuted
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PermutedSparseLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        if self.soft is not None:  # follows to another device, and stays float32
+            self.soft.matrix = self.soft.matrix.to(self.values.device)
+        return self
 
     def extra_repr(self) -> str:
         """Shape, structure, density and permutation for `print(model)`."""

@@ -43,6 +43,7 @@ LAYERS = (
     "explain",
     "tuning",
     "foldable",
+    "training",
     "__init__",
     "benchmarking",
     "drawing",

@@ -1,0 +1,46 @@
+"""Lets a listener see what the weight gradient of a layer is made of, in eager and in compiled backward passes alike.
+
+Growth of weights that are not active needs the dense gradient, which no op computes. Module hooks would not do: a compiled
+program ignores those that come later. So the ops that compute the gradient of the active weights hand their operands to
+whoever listens to the layer, which they know by its first index tensor: its place in memory stays the same while a model
+trains, through autocast, sharding of the weights, and compilation. Without listeners this costs one look at an empty dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class GradientListener(Protocol):
+    """Receives the gradient of a layer's dense S, `y = S x`, in one of two forms, once for each backward pass."""
+
+    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """The gradient is `grad.T @ x`, with `grad` `[tokens, out_features]` and `x` `[tokens, in_features]`."""
+
+    def weight(self, gradient: torch.Tensor) -> None:
+        """The gradient itself, `[out_features, in_features]`, of a layer that runs dense."""
+
+
+_listeners: dict[tuple[torch.device, int], GradientListener] = {}
+
+
+def listen(index: torch.Tensor, listener: GradientListener) -> None:
+    """Let `listener` have every gradient of the layer whose first index tensor this is, until `forget`."""
+    _listeners[_key(index)] = listener
+
+
+def forget(index: torch.Tensor) -> None:
+    """Stop listening to a layer; nothing happens if nobody did."""
+    _listeners.pop(_key(index), None)
+
+
+def listener_of(topology: Sequence[torch.Tensor]) -> GradientListener | None:
+    """Who listens to the layer with these index tensors, or None."""
+    return _listeners.get(_key(topology[0])) if _listeners else None
+
+
+def _key(index: torch.Tensor) -> tuple[torch.device, int]:
+    return index.device, index.data_ptr()

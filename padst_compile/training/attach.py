@@ -1,0 +1,163 @@
+"""`attach` and `finalize`: the beginning and the end of a sparse training."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import distributed, nn
+
+from padst_compile.conversion import sparse_layers
+from padst_compile.errors import AlreadyAttachedError, AttachError, NotAttachedError
+from padst_compile.layers import PermutedSparseLinear
+from padst_compile.training.config import DSTConfig
+from padst_compile.training.learners import make_learner
+from padst_compile.training.runtime import Runtime
+from padst_compile.training.sharding import is_sharded
+from padst_compile.training.trained_layer import TrainedLayer
+from padst_compile.training.world import World
+
+M = TypeVar("M", bound=nn.Module)
+
+_RUNTIMES: weakref.WeakKeyDictionary[PermutedSparseLinear, Runtime] = weakref.WeakKeyDictionary()
+_WRAPPERS = ("_orig_mod", "module")  # torch.compile; DistributedDataParallel
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    config: DSTConfig,
+    *,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    process_group: distributed.ProcessGroup | None = None,
+) -> Runtime:
+    """Train a sparsified model with dynamic topology and, if asked for, learned permutations; the loop stays as it is.
+
+    Call it when the model is on its device, wrapped for distribution, and its optimizer exists; before or after
+    `torch.compile`. A step that a GradScaler skips is no step. An update recompiles nothing.
+
+    Args:
+        model: with layers from `padst.sparsify`.
+        optimizer: one or several that together hold the weights of all sparse layers, each once.
+        config: what to do, and when.
+        grad_scaler: of the training, if there is one; only permutations learned as matrices need it.
+        process_group: of the data-parallel ranks; None for the default group.
+
+    Returns:
+        The runtime: metrics and checkpoints. The optimizers' hooks keep it alive until `finalize`.
+
+    Raises:
+        AlreadyAttachedError: a runtime trains these layers already.
+        AttachError: no sparse layers, an optimizer that does not hold them, tensor-parallel layers, or a configuration that
+            does not fit.
+    """
+    optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    named = list(sparse_layers(_unwrapped(model)))
+    _check(named, optimizers, config)
+    layers = _trained_layers(named, optimizers)
+    runtime = Runtime(layers, optimizers, config, World(process_group), lambda layer: make_learner(layer, config), grad_scaler)
+    for _, layer in named:
+        _RUNTIMES[layer] = runtime
+    return runtime
+
+
+def finalize(model: M) -> M:
+    """End the training of `attach`: permutations become hard, training state goes, pruned weights are left out.
+
+    The optimizers' hooks are removed; the model is what `sparsify` would have made, ready for
+    `torch.compile(model, backend="padst")`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NotAttachedError: no runtime trains this model.
+    """
+    layers = [layer for _, layer in sparse_layers(_unwrapped(model))]
+    runtimes = {id(_RUNTIMES[layer]): _RUNTIMES[layer] for layer in layers if layer in _RUNTIMES}
+    if not runtimes:
+        raise NotAttachedError("finalize ends what padst.attach began, and nothing is attached to this model")
+    for runtime in runtimes.values():
+        runtime.finish()
+    for layer in layers:
+        _RUNTIMES.pop(layer, None)
+    return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that the user named, inside the wrappers of compilation and distribution."""
+    while True:
+        inner = next((getattr(model, name) for name in _WRAPPERS if _wraps(model, name)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def _wraps(model: nn.Module, name: str) -> bool:
+    kind = type(model).__name__
+    return name in model._modules and kind in ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+
+
+def _check(
+    named: Sequence[tuple[str, PermutedSparseLinear]], optimizers: Sequence[torch.optim.Optimizer], config: DSTConfig
+) -> None:
+    if not isinstance(config, DSTConfig):
+        raise AttachError(f"attach takes a DSTConfig, got {config!r}")
+    if not named:
+        raise AttachError("the model has no sparse layers; call padst.sparsify(model, spec) first")
+    for name, layer in named:
+        if layer in _RUNTIMES:
+            raise AlreadyAttachedError(
+                f"layer {name!r} is being trained already; call padst.finalize(model) before a second attach"
+            )
+        if layer.values.is_meta:
+            raise AttachError(f"layer {name!r} is on the meta device; materialise the model first")
+        if config.final_sparsity is not None and layer.config.structure.natural_sparsity() is not None:
+            raise AttachError(
+                f"layer {name!r} is {layer.config.structure.to_string()}, whose sparsity cannot be pruned further"
+            )
+        problem = _tensor_parallel(layer)
+        if problem:
+            raise AttachError(f"layer {name!r} {problem}; shard with fully_shard or replicate with DistributedDataParallel")
+    if config.permutation is not None and all(layer.permutation is None for _, layer in named):
+        raise AttachError("no layer has a permutation to learn; sparsify with permutation='learned'")
+
+
+def _tensor_parallel(layer: PermutedSparseLinear) -> str:
+    """Why a layer's sharding is not data-parallel, or nothing: units would be split among ranks."""
+    if not is_sharded(layer.values):
+        return ""
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = layer.values.placements  # type: ignore[attr-defined]  # DTensor
+    odd = [p for p in placements if p not in (Shard(0), Replicate())]
+    names = layer.values.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]  # DTensor
+    if odd or "tp" in names:
+        return f"is split for tensor parallelism ({', '.join(map(str, placements))}), which would divide its units"
+    return ""
+
+
+def _trained_layers(
+    named: Iterable[tuple[str, PermutedSparseLinear]], optimizers: Sequence[torch.optim.Optimizer]
+) -> list[TrainedLayer]:
+    owners: dict[int, torch.optim.Optimizer] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if owners.setdefault(id(parameter), optimizer) is not optimizer:
+                    raise AttachError("a parameter is held by two optimizers; give each to one")
+    sharing: dict[int, list[tuple[str, PermutedSparseLinear]]] = {}
+    for name, layer in named:
+        sharing.setdefault(id(layer.values), []).append((name, layer))
+    layers = []
+    for members in sharing.values():
+        name, first = members[0]
+        if id(first.values) not in owners:
+            raise AttachError(
+                f"the optimizer does not hold the weights of layer {name!r}; make it from model.parameters() after sparsify "
+                "and after wrapping the model"
+            )
+        layers.append(TrainedLayer(name, tuple(layer for _, layer in members), owners[id(first.values)]))
+    return layers

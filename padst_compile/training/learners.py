@@ -1,0 +1,313 @@
+"""The learners of permutations, wired to layers: what they listen to, when they act, what they change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from padst_compile.kernels import gradient_tap
+from padst_compile.kernels.soft_permute import HARD, SOFT
+from padst_compile.layers import SoftPermutation
+from padst_compile.training.collector import Reducer
+from padst_compile.training.config import DSTConfig, LearnedPermutation
+from padst_compile.training.learner import PermutationLearner
+from padst_compile.training.permutations import birkhoff
+from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_harden, weight_at
+from padst_compile.training.permutations.blocks import split
+from padst_compile.training.permutations.regroup import combine, regroup
+from padst_compile.training.permutations.sinkhorn import SinkhornSTE
+from padst_compile.training.permutations.units import PlaceUnits, place_units
+from padst_compile.training.rearrange import reorder_features
+from padst_compile.training.sharding import whole
+from padst_compile.training.trained_layer import TrainedLayer
+from padst_compile.training.world import World
+
+_NOTHING: tuple[tuple[Reducer, ...], tuple[Reducer, ...]] = ((), ())
+
+
+def make_learner(trained: TrainedLayer, config: DSTConfig) -> PermutationLearner | None:
+    """The learner of a layer's permutation; None where there is none to learn."""
+    if config.permutation is None or trained.layer.permutation is None:
+        return None
+    match config.permutation.method:
+        case "autoshuffle":
+            return AutoShuffleLearner(trained, config, config.permutation)
+        case "sinkhorn_ste":
+            return SinkhornLearner(trained, config, config.permutation)
+        case "regroup":
+            return RegroupLearner(trained, config, config.permutation)
+
+
+class AutoShuffleLearner:
+    """A soft matrix under a penalty until it is nearly hard (PA-DST section 4); `permutations.autoshuffle` has the method."""
+
+    def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
+        assert trained.layer.permutation is not None
+        assert config.total_steps is not None
+        self.trained, self.method = trained, method
+        self._warmup, self._deadline = (int(part * config.total_steps) for part in (method.warmup, method.deadline))
+        matrix = birkhoff.initial(trained.layer.permutation, generator=trained.generator(config.seed, 0, "soft permutation"))
+        self._soft = SoftPermutation(matrix, torch.tensor([SOFT], dtype=torch.uint8))
+        for layer in trained.layers:
+            layer.soft = self._soft
+        learner = self._make(matrix)
+        self._learner: AutoShuffle | None = learner
+        self._penalty = learner.penalty()
+        self._gradient = _MatrixGradient()
+
+    def _make(self, matrix: torch.Tensor) -> AutoShuffle:
+        return AutoShuffle(matrix, learning_rate=self.method.learning_rate, owner=self.trained.name)
+
+    @property
+    def penalty(self) -> float:
+        """See `PermutationLearner`."""
+        return self._penalty
+
+    @property
+    def hard(self) -> bool:
+        """See `PermutationLearner`."""
+        return self._learner is None
+
+    def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """See `PermutationLearner`; listens to its own matrix instead, at every step."""
+        self._gradient = _MatrixGradient()
+        if self._learner is None:
+            gradient_tap.forget(self._soft.state)
+        else:
+            gradient_tap.listen(self._soft.state, self._gradient)
+        return _NOTHING
+
+    def after_step(self, step: int, world: World, loss_scale: float) -> None:
+        """See `PermutationLearner`."""
+        if self._learner is None:
+            return
+        self._follow_device()
+        seen, matrix = self._gradient, self._learner.matrix
+        total = torch.zeros_like(matrix) if seen.total is None else seen.total
+        if not world.any(seen.poisoned > 0, matrix.device):
+            world.add_up(total).div_(world.size * loss_scale)
+            self._learner.step(total, weight_at(step - 1, self._warmup, self.method.penalty_weight))
+            self._penalty = self._learner.penalty()
+        if should_harden(self._penalty, step, threshold=self.method.threshold, deadline=self._deadline):
+            self._harden(world)
+
+    def finish(self, world: World) -> None:
+        """See `PermutationLearner`."""
+        self._harden(world)
+        gradient_tap.forget(self._soft.state)
+        for layer in self.trained.layers:
+            layer.soft = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `PermutationLearner`."""
+        return {"soft": None if self._learner is None else self._learner.state_dict(), "penalty": self._penalty}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `PermutationLearner`."""
+        if state["soft"] is None:
+            self._release()
+        elif self._learner is not None:
+            self._learner.load_state_dict(state["soft"])
+        else:  # hard here, soft in the checkpoint
+            self._soft.matrix.untyped_storage().resize_(self._soft.matrix.numel() * self._soft.matrix.element_size())
+            self._learner = self._make(self._soft.matrix)
+            self._learner.load_state_dict(state["soft"])
+            self._soft.state.fill_(SOFT)
+        self._penalty = state["penalty"]
+
+    def _harden(self, world: World) -> None:
+        if self._learner is not None:
+            chosen = world.agree(self._learner.harden().to(self._soft.matrix.device))
+            self.trained.layer.set_permutation(chosen)
+            self._release()
+
+    def _release(self) -> None:
+        """From here on the permutation counts; the matrix keeps its shape, which programs check, and gives back its memory."""
+        self._soft.state.fill_(HARD)
+        self._learner, self._penalty = None, 0.0
+        self._soft.matrix.untyped_storage().resize_(0)
+
+    def _follow_device(self) -> None:
+        if self._learner is not None and self._learner.matrix is not self._soft.matrix:  # the model was moved
+            state = self._learner.state_dict()
+            self._learner = self._make(self._soft.matrix)
+            self._learner.load_state_dict(state)
+
+
+class _MatrixGradient:
+    """Adds up the gradient of a soft matrix over the backward passes before a step (`gradient_tap`)."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.poisoned = 0
+
+    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """See `GradientListener.products`."""
+        self.weight((grad.T @ x).float())
+
+    def weight(self, gradient: torch.Tensor) -> None:
+        """See `GradientListener.weight`."""
+        if not bool(gradient.sum().isfinite()):
+            self.poisoned += 1
+        else:
+            self.total = gradient if self.total is None else self.total + gradient
+
+
+class SinkhornLearner:
+    """Logits behind a permutation that is always hard; `permutations.sinkhorn` has the method.
+
+    The gradient of Π follows from the dense gradient G of S, which topology updates compute, too: for `y = S Π x` it is
+    `Sᵀ G Π`, for `y = Π S x` it is `Π G Sᵀ`; only the blocks that may change are computed.
+    """
+
+    penalty = 0.0
+    hard = True
+
+    def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
+        permutation = trained.layer.permutation
+        assert permutation is not None
+        assert config.total_steps is not None
+        self.trained = trained
+        self._interval = method.interval or config.interval
+        self._deadline = int(method.deadline * config.total_steps)
+        size = permutation.numel()
+        self._learner = SinkhornSTE(
+            permutation,
+            split([torch.arange(size)], size, method.group, trained.name),
+            updates=max(1, self._deadline // self._interval),
+            learning_rate=0.05 * method.learning_rate,
+            owner=trained.name,
+        )
+        self._gradient = _BlockGradient(trained, self._learner)
+
+    def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """See `PermutationLearner`."""
+        self._gradient = _BlockGradient(self.trained, self._learner)
+        return ((), (self._gradient,)) if self._due(step) else _NOTHING
+
+    def after_step(self, step: int, world: World, loss_scale: float) -> None:
+        """See `PermutationLearner`."""
+        if not self._due(step):
+            return
+        own = self._gradient.total
+        if world.any(own is None, self._learner.logits.device):
+            return
+        assert own is not None
+        self._learner.update(world.add_up(own).div_(world.size * loss_scale))
+        self.trained.layer.set_permutation(world.agree(self._learner.hard()))
+
+    def finish(self, world: World) -> None:
+        """See `PermutationLearner`; nothing to harden."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `PermutationLearner`."""
+        return self._learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `PermutationLearner`."""
+        self._learner.load_state_dict(state)
+
+    def _due(self, step: int) -> bool:
+        return step <= self._deadline and step % self._interval == 0
+
+
+class _BlockGradient:
+    """Adds up the gradient of Π in the blocks of a learner: `total`, float32 `[blocks, width, width]`."""
+
+    def __init__(self, trained: TrainedLayer, learner: SinkhornSTE) -> None:
+        self.trained, self.learner = trained, learner
+        self.total: torch.Tensor | None = None
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """See `Reducer.add`; takes the signed gradient."""
+        layer = self.trained.layer
+        assert layer.permutation is not None
+        weight = self.trained.structure.unpack(whole(layer.values), layer.topology, self.trained.shape).float()
+        table, places, features = layer.permutation.long(), self.learner.places, self.learner.features
+        if layer.config.permuted == "input":
+            back = torch.empty_like(table)
+            back[table] = torch.arange(table.numel(), device=table.device)
+            part = torch.einsum("obi,obj->bij", weight[:, places], gradient[:, back[features]])
+        else:
+            part = torch.einsum("bix,bjx->bij", gradient[table[places]], weight[features])
+        self.total = part if self.total is None else self.total + part
+
+
+class RegroupLearner:
+    """Moves features to where their units are active; `permutations.regroup` has the method.
+
+    Acts halfway between updates of the topology, so that the two alternate.
+    """
+
+    penalty = 0.0
+    hard = True
+
+    def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
+        self.trained, self.config, self.method = trained, config, method
+        self._interval = method.interval or config.interval
+        self._gradient: _LineScores | None = None
+        self._units()  # refuses structures that it cannot help
+
+    def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """See `PermutationLearner`."""
+        self._gradient = _LineScores(self._units()) if self._due(step) else None
+        return _NOTHING if self._gradient is None else ((self._gradient,), ())
+
+    def after_step(self, step: int, world: World, loss_scale: float) -> None:
+        """See `PermutationLearner`."""
+        if self._gradient is None or not self._due(step):
+            return
+        seen, layer = self._gradient.total, self.trained.layer
+        if world.any(seen is None, layer.topology[0].device):
+            return
+        assert seen is not None
+        units = self._units()
+        dense = self.trained.structure.unpack(whole(layer.values), layer.topology, self.trained.shape).float().abs_()
+        order = regroup(
+            combine(units.scores(dense), world.add_up(seen), units),
+            units,
+            fraction=self._fraction(step),
+            generator=self.trained.generator(self.config.seed, step, "regroup"),
+            gain=self.method.gain,
+        )
+        order = world.agree(order)
+        if not torch.equal(order, torch.arange(order.numel(), device=order.device)):
+            reorder_features(layer, self.trained.optimizer, order)
+
+    def finish(self, world: World) -> None:
+        """See `PermutationLearner`; nothing to harden."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `PermutationLearner`; the permutation is the layer's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `PermutationLearner`."""
+
+    def _units(self) -> PlaceUnits:
+        layer = self.trained.layer
+        side = layer.config.permuted
+        assert side is not None
+        return place_units(self.trained.structure, layer.topology, self.trained.shape, side, self.trained.name)
+
+    def _due(self, step: int) -> bool:
+        return step <= self.config.last_update and step % self._interval == self._interval // 2
+
+    def _fraction(self, step: int) -> float:
+        return self.method.fraction / 2 * (1 + math.cos(math.pi * step / self.config.last_update))
+
+
+class _LineScores:
+    """Adds up `|gradient|` per group of lines and place: `total`, float32 `[line groups, n]`."""
+
+    def __init__(self, units: PlaceUnits) -> None:
+        self.units = units
+        self.total: torch.Tensor | None = None
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """See `Reducer.add`; takes magnitudes."""
+        scores = self.units.scores(gradient)
+        self.total = scores.clone() if self.total is None else self.total + scores

@@ -1,0 +1,271 @@
+"""The runtime of a training: what happens to sparse layers around each optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from padst_compile.errors import ResumeError
+from padst_compile.training.collector import DenseGradient, UnitScores
+from padst_compile.training.config import DSTConfig
+from padst_compile.training.invariants import check_layer
+from padst_compile.training.learner import PermutationLearner
+from padst_compile.training.pruning import compact, stored_mask
+from padst_compile.training.schedule import is_due
+from padst_compile.training.sharding import whole
+from padst_compile.training.topology import Situation, TopologyUpdate, needs_gradient, update_topology
+from padst_compile.training.trained_layer import TrainedLayer
+from padst_compile.training.world import World
+
+_LOG = logging.getLogger(__name__)
+_VERSION = 1
+
+
+@dataclasses.dataclass
+class _Member:
+    """A layer with what belongs to it during a training."""
+
+    trained: TrainedLayer
+    learner: PermutationLearner | None
+    scores: UnitScores | None = None
+    listener: DenseGradient | None = None
+
+
+class Runtime:
+    """Trains the sparse layers of a model; made by `padst.attach`, which says how to use it.
+
+    Everything happens in hooks of the optimizers: after a step pruned weights are set back to zero, permutations learn, and
+    the topology is updated when it is due. Then, if the next step needs dense gradients, the runtime begins to listen for them.
+
+    Attributes:
+        config: as given.
+        updates: of the topology that took place, in all layers.
+        skipped: updates left out because of NaN or infinite gradients, or because no gradient came.
+        last_update: what the latest update did to each layer.
+        update_seconds, hook_seconds: time spent in updates, and in the hooks of all steps, updates included.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[TrainedLayer],
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: DSTConfig,
+        world: World,
+        make_learner: Callable[[TrainedLayer], PermutationLearner | None],
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.config, self.world = config, world
+        self._optimizers, self._grad_scaler = tuple(optimizers), grad_scaler
+        self._steps = [0] * len(optimizers)
+        self._members = [_Member(layer, make_learner(layer)) for layer in layers]
+        self.updates = self.skipped = 0
+        self.update_seconds = self.hook_seconds = 0.0
+        self.last_update: tuple[TopologyUpdate, ...] = ()
+        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        for number in range(len(optimizers)):
+            self._listen(number)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far; of several optimizers, the one that took the most."""
+        return max(self._steps)
+
+    @property
+    def layers(self) -> tuple[TrainedLayer, ...]:
+        """The sparse layers in training."""
+        return tuple(member.trained for member in self._members)
+
+    @property
+    def learners(self) -> dict[str, PermutationLearner]:
+        """By layer name, who learns its permutation."""
+        return {member.trained.name: member.learner for member in self._members if member.learner is not None}
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a log: density, exploration, updates, and the state of the permutations."""
+        active = sum(int(layer.active().sum()) / layer.active().numel() * layer.shape.numel for layer in self.layers)
+        explored = [layer.explored for layer in self.layers]
+        learners = self.learners.values()
+        return {
+            "step": float(self.step),
+            "density": active / sum(layer.shape.numel for layer in self.layers),
+            "exploration": sum(seen / total for seen, total in explored) / len(explored),
+            "updates": float(self.updates),
+            "skipped_updates": float(self.skipped),
+            "dropped": float(sum(update.dropped for update in self.last_update)),
+            "grown": float(sum(update.grown for update in self.last_update)),
+            "penalty": sum(learner.penalty for learner in learners) / max(1, len(learners)),
+            "hardened": float(sum(learner.hard for learner in learners)),
+            "update_seconds": self.update_seconds,
+            "hook_seconds": self.hook_seconds,
+        }
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        began = time.perf_counter()
+        number = next(i for i, own in enumerate(self._optimizers) if own is optimizer)
+        self._steps[number] += 1
+        step, members = self._steps[number], self._members_of(number)
+        with torch.no_grad():
+            for member in members:
+                member.trained.hold_at_zero()
+            self._learn(members, step)
+            if is_due(step, self.config):
+                self._update(members, step)
+                self.update_seconds += time.perf_counter() - began
+        self._listen(number)
+        self.hook_seconds += time.perf_counter() - began
+
+    def _members_of(self, number: int) -> list[_Member]:
+        return [member for member in self._members if member.trained.optimizer is self._optimizers[number]]
+
+    def _learn(self, members: Sequence[_Member], step: int) -> None:
+        scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
+        for member in members:
+            if member.learner is not None:
+                member.learner.after_step(step, self.world, scale)
+                member.trained.share_topology()
+
+    def _listen(self, number: int) -> None:
+        """Ask for the dense gradients that the next step of an optimizer needs."""
+        step = self._steps[number] + 1
+        for member in self._members_of(number):
+            trained = member.trained
+            trained.forget()
+            wanted = is_due(step, self.config) and needs_gradient(self.config.method)
+            member.scores = UnitScores(trained.structure, self.config.score) if wanted else None
+            magnitudes, signed = ((), ()) if member.learner is None else member.learner.listen(step)
+            own = () if member.scores is None else (member.scores,)
+            member.listener = None
+            if own or magnitudes or signed:
+                member.listener = DenseGradient(trained.shape, (*own, *magnitudes), signed, self._rows(trained, step))
+                trained.listen(member.listener)
+
+    def _rows(self, trained: TrainedLayer, step: int) -> torch.Tensor | None:
+        """The output rows to estimate gradients from."""
+        if self.config.gradient_rows == 1.0:
+            return None
+        total = trained.shape.out_features
+        order = torch.randperm(total, generator=trained.generator(self.config.seed, step, "rows"))
+        rows = order[: max(1, round(self.config.gradient_rows * total))].sort().values
+        return rows.to(trained.layer.topology[0].device)
+
+    def _update(self, members: Sequence[_Member], step: int) -> None:
+        problem = self._why_skip(members)
+        if problem is not None:
+            self.skipped += 1
+            _LOG.warning("step %d: topology update left out, %s (%d so far)", step, problem, self.skipped)
+            return
+        done = []
+        for member in members:
+            if member.scores is not None and member.scores.total is not None:
+                self.world.add_up(member.scores.total)
+            done.append(update_topology(Situation(member.trained, self.config, step, member.scores), self.world))
+            if self.config.check_invariants:
+                check_layer(member.trained, self.world)
+        self.last_update = tuple(done)
+        self.updates += 1
+
+    def _why_skip(self, members: Sequence[_Member]) -> str | None:
+        """Why an update must not use what it has, the same on all ranks."""
+        if not members:
+            return None
+        device = members[0].trained.layer.topology[0].device
+        silent = [m.trained.name for m in members if m.scores is not None and m.scores.total is None]
+        wrong = [m.trained.name for m in members if not _finite(m)]
+        if self.world.any(bool(wrong), device):
+            return f"the gradients or weights of {wrong[0] if wrong else 'a layer of another rank'!r} are not finite"
+        if self.world.any(bool(silent), device):
+            return f"no gradient came from {silent[0] if silent else 'a layer of another rank'!r} before this step"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside those of the model and the optimizers: tensors and plain values."""
+        return {
+            "version": _VERSION,
+            "config": self.config.to_dict(),
+            "steps": list(self._steps),
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "layers": {
+                member.trained.name: {
+                    **member.trained.state_dict(),
+                    "learner": None if member.learner is None else member.learner.state_dict(),
+                }
+                for member in self._members
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, after the model and the optimizers have loaded theirs.
+
+        Raises:
+            ResumeError: the state is of another model, specification or configuration; nothing has changed then.
+        """
+        self._check_state(state)
+        self._steps = list(state["steps"])
+        self.updates, self.skipped = state["updates"], state["skipped"]
+        for member in self._members:
+            stored = state["layers"][member.trained.name]
+            member.trained.load_state_dict(stored)
+            member.trained.mask = None if member.trained.alive is None else stored_mask(member.trained)
+            if member.learner is not None:
+                member.learner.load_state_dict(stored["learner"])
+        for number in range(len(self._optimizers)):
+            self._listen(number)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _VERSION:
+            raise ResumeError(f"this is no training state of version {_VERSION}: its version is {state.get('version')!r}")
+        own = self.config.to_dict()
+        for name, value in own.items():
+            stored = state["config"].get(name)
+            if stored != value:
+                raise ResumeError(f"the checkpoint was made with {name}={stored!r}, this runtime has {value!r}; attach with it")
+        if len(state["steps"]) != len(self._steps):
+            raise ResumeError(f"the checkpoint has {len(state['steps'])} optimizers, this runtime {len(self._steps)}")
+        layers = {member.trained.name: member.trained for member in self._members}
+        if layers.keys() != state["layers"].keys():
+            odd = sorted(layers.keys() ^ state["layers"].keys())
+            raise ResumeError(f"the checkpoint has other sparse layers than this model: they differ in {', '.join(odd[:3])}")
+        for name, layer in layers.items():
+            mine, theirs = layer.state_dict(), state["layers"][name]
+            for key in ("structure", "shape"):
+                if mine[key] != theirs[key]:
+                    raise ResumeError(f"layer {name!r} has {key} {theirs[key]} in the checkpoint and {mine[key]} here")
+            if mine["fingerprint"] != theirs["fingerprint"]:
+                raise ResumeError(
+                    f"layer {name!r} has another topology or permutation than the checkpoint; load the model's state_dict first"
+                )
+
+    def finish(self) -> None:
+        """See `padst.finalize`, which calls this."""
+        for handle in self._handles:
+            handle.remove()
+        for member in self._members:
+            member.trained.forget()
+            if member.learner is not None:
+                member.learner.finish(self.world)
+                member.trained.share_topology()
+            if member.trained.alive is not None:
+                _compact(member.trained, member.trained.alive)
+
+
+def _finite(member: _Member) -> bool:
+    if member.listener is not None and member.listener.poisoned:
+        return False
+    values = member.trained.layer.values
+    return all(bool(tensor.detach().isfinite().all()) for tensor in (values, values.grad) if tensor is not None)
+
+
+def _compact(trained: TrainedLayer, alive: torch.Tensor) -> None:
+    first = trained.layer
+    first.values.data = whole(first.values) if hasattr(first.values, "full_tensor") else first.values.data
+    compact(first, alive)
+    for layer in trained.layers[1:]:
+        layer.values = first.values
+        for name, index in zip(first.config.structure.index_names, first.topology, strict=True):
+            layer.register_buffer(name, index)

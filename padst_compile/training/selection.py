@@ -1,0 +1,41 @@
+"""Which units stay, which are dropped and which grow: pure functions on grids `[pools, units]`."""
+
+from __future__ import annotations
+
+import torch
+
+
+def exchange(active: torch.Tensor, keep: torch.Tensor, grow: torch.Tensor, count: int) -> torch.Tensor:
+    """Drop `count` active units and grow as many, in the same pools.
+
+    A dropped unit may grow again at once, and then keeps its weights, as in RigL (Evci et al. 2020, algorithm 1).
+
+    Args:
+        active: bool `[pools, units]`.
+        keep: scores of active units, `[pools, units]`; the smallest are dropped, over all pools.
+        grow: scores of units that are not kept; -inf where there is no unit. Ties go to the lower position.
+        count: how many, at most those that are active.
+
+    Returns:
+        The new `active`; every pool has as many active units as before.
+    """
+    kept = active & ~smallest(keep, active, count)
+    vacancies = active.sum(1) - kept.sum(1)
+    candidates = grow.masked_fill(kept, -torch.inf)
+    ranks = rank(candidates)
+    return kept | (ranks < vacancies[:, None])
+
+
+def smallest(scores: torch.Tensor, among: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the `count` smallest scores of `among` lie, over all pools; ties go to the lower position."""
+    flat = scores.masked_fill(~among, torch.inf).flatten()
+    chosen = torch.zeros_like(among).flatten()
+    chosen[torch.sort(flat, stable=True).indices[:count]] = True
+    return chosen.reshape(among.shape)
+
+
+def rank(scores: torch.Tensor) -> torch.Tensor:
+    """The place of each entry in the descending order of its row; ties in order of position."""
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

@@ -1,0 +1,117 @@
+"""A sparse layer in training, with what the runtime keeps beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from padst_compile.kernels import gradient_tap
+from padst_compile.layers import PermutedSparseLinear
+from padst_compile.structures import Shape, Structure
+
+
+@dataclasses.dataclass
+class TrainedLayer:
+    """One set of values with the layers that share it.
+
+    Args:
+        name: of the first layer that has these values.
+        layers: that share them; the first speaks for all.
+        optimizer: that holds them.
+    """
+
+    name: str
+    layers: tuple[PermutedSparseLinear, ...]
+    optimizer: torch.optim.Optimizer
+
+    def __post_init__(self) -> None:
+        self.alive: torch.Tensor | None = None  # bool [pools, units]: not yet pruned; None where nothing is pruned
+        self.mask: torch.Tensor | None = None  # the same, where the values are
+        self._visited = np.packbits(self.active().cpu().numpy())
+
+    @property
+    def layer(self) -> PermutedSparseLinear:
+        """The layer itself."""
+        return self.layers[0]
+
+    @property
+    def structure(self) -> Structure:
+        """Of the layer."""
+        return self.layer.config.structure
+
+    @property
+    def shape(self) -> Shape:
+        """Of the layer."""
+        return self.layer.config.shape
+
+    def active(self) -> torch.Tensor:
+        """Which units are active, bool `[pools, units]`; pruned ones are not."""
+        stored = self.structure.active_units(self.layer.topology, self.shape)
+        return stored if self.alive is None else stored & self.alive
+
+    def generator(self, seed: int, step: int, purpose: str) -> torch.Generator:
+        """Random numbers that depend on these arguments and the layer's name alone, so all ranks draw the same."""
+        digest = hashlib.sha256(f"{seed}/{step}/{purpose}/{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def listen(self, listener: gradient_tap.GradientListener) -> None:
+        """Let `listener` have the layer's dense gradients."""
+        for layer in self.layers:
+            gradient_tap.listen(layer.topology[0], listener)
+
+    def forget(self) -> None:
+        """End `listen`."""
+        for layer in self.layers:
+            gradient_tap.forget(layer.topology[0])
+
+    def share_topology(self) -> None:
+        """Give the other layers with these values the first one's index tensors and permutation."""
+        with torch.no_grad():
+            for layer in self.layers[1:]:
+                for own, first in zip(layer.topology, self.layer.topology, strict=True):
+                    own.copy_(first)
+                if layer.permutation is not None and self.layer.permutation is not None:
+                    layer.permutation.copy_(self.layer.permutation)
+
+    def hold_at_zero(self) -> None:
+        """Set pruned weights to zero in place, nothing where nothing is pruned."""
+        if self.mask is not None:
+            with torch.no_grad():
+                self.layer.values.mul_(self.mask)
+
+    def visit(self) -> None:
+        """Count the units that are active now as explored."""
+        self._visited |= np.packbits(self.active().cpu().numpy())
+
+    @property
+    def explored(self) -> tuple[int, int]:
+        """Units that were ever active, and all units (in-time over-parametrisation, Liu et al. 2021)."""
+        return int(np.unpackbits(self._visited).sum()), self.active().numel()
+
+    def fingerprint(self) -> int:
+        """A checksum of topology and permutation."""
+        tensors = [*self.layer.topology, *([] if self.layer.permutation is None else [self.layer.permutation])]
+        checksum = 0
+        for tensor in tensors:
+            checksum = zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes(), checksum)
+        return checksum
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the model and the optimizer."""
+        return {
+            "structure": self.structure.to_string(),
+            "shape": [self.shape.out_features, self.shape.in_features],
+            "fingerprint": self.fingerprint(),
+            "visited": torch.from_numpy(self._visited.copy()),
+            "alive": None if self.alive is None else self.alive.cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; the caller has compared it with this layer."""
+        self._visited = state["visited"].numpy().copy()
+        self.alive = None if state["alive"] is None else state["alive"].to(self.layer.topology[0].device)
