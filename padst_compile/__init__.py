@@ -7,7 +7,16 @@ from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsif
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.spec import SparsitySpec, load_spec, save_spec
 from padst_compile.structures import NM, Block, Diagonal, Unstructured
-from padst_compile.training import DSTConfig, LearnedPermutation, Runtime, attach, finalize
+from padst_compile.training import (
+    DSTConfig,
+    LearnedPermutation,
+    PermutationReport,
+    Runtime,
+    attach,
+    finalize,
+    permutation_report,
+    presets,
+)
 
 __version__ = "0.1.0"
 
@@ -19,6 +28,7 @@ __all__ = [
     "Explanation",
     "FoldableGroup",
     "LearnedPermutation",
+    "PermutationReport",
     "PermutedSparseLinear",
     "Runtime",
     "SparsitySpec",
@@ -30,6 +40,8 @@ __all__ = [
     "finalize",
     "foldable_permutations",
     "load_spec",
+    "permutation_report",
+    "presets",
     "save_spec",
     "sparse_layers",
     "sparsify",

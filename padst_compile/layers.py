@@ -65,6 +65,9 @@ class PermutedSparseLinear(nn.Module):
 
         soft: the permutation while `padst.attach` learns it as a matrix, else None.
 
+        gate: tensor `[leading dimension of values, 1]` that multiplies the values while `padst.attach` learns which of them to
+            keep (DynaDiag), else None.
+
     The structure's index tensors are buffers under its `index_names`. All of them may be changed in place at any time.
     """
 
@@ -84,6 +87,7 @@ class PermutedSparseLinear(nn.Module):
         self.config = config
         self._structure_name = config.structure.to_string()
         self.soft: SoftPermutation | None = None
+        self.gate: torch.Tensor | None = None
         self.values = values
         self.register_parameter("bias", bias)
         self.register_buffer("permutation", permutation)
@@ -162,7 +166,7 @@ class PermutedSparseLinear(nn.Module):
         output_side = self.permutation is not None and self.config.permuted == "output"
         y: torch.Tensor = structured_linear(
             x,
-            self.values,
+            self.values if self.gate is None else self.values * self.gate,
             list(self.topology),
             None if output_side else self.bias,
             None,
@@ -188,6 +192,8 @@ class PermutedSparseLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if self.soft is not None:  # follows to another device, and stays float32
             self.soft.matrix = self.soft.matrix.to(self.values.device)
+        if self.gate is not None:
+            self.gate = fn(self.gate)
         return self
 
     def extra_repr(self) -> str:

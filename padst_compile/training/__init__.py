@@ -1,7 +1,19 @@
 """Training of sparse models: dynamic topology, learned permutations, checkpoints."""
 
+from padst_compile.training import presets
 from padst_compile.training.attach import attach, finalize
 from padst_compile.training.config import DSTConfig, LearnedPermutation
+from padst_compile.training.permutation_report import LayerPermutation, PermutationReport, permutation_report
 from padst_compile.training.runtime import Runtime
 
-__all__ = ["DSTConfig", "LearnedPermutation", "Runtime", "attach", "finalize"]
+__all__ = [
+    "DSTConfig",
+    "LayerPermutation",
+    "LearnedPermutation",
+    "PermutationReport",
+    "Runtime",
+    "attach",
+    "finalize",
+    "permutation_report",
+    "presets",
+]

@@ -12,6 +12,7 @@ from torch import distributed, nn
 from padst_compile.conversion import sparse_layers
 from padst_compile.errors import AlreadyAttachedError, AttachError, NotAttachedError
 from padst_compile.layers import PermutedSparseLinear
+from padst_compile.structures import NM, Diagonal
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.learners import make_learner
 from padst_compile.training.runtime import Runtime
@@ -112,31 +113,50 @@ def _check(
             raise AlreadyAttachedError(
                 f"layer {name!r} is being trained already; call padst.finalize(model) before a second attach"
             )
-        if layer.values.is_meta:
-            raise AttachError(f"layer {name!r} is on the meta device; materialise the model first")
-        if config.final_sparsity is not None and layer.config.structure.natural_sparsity() is not None:
-            raise AttachError(
-                f"layer {name!r} is {layer.config.structure.to_string()}, whose sparsity cannot be pruned further"
-            )
-        problem = _tensor_parallel(layer)
-        if problem:
-            raise AttachError(f"layer {name!r} {problem}; shard with fully_shard or replicate with DistributedDataParallel")
+        problem = _unfit(layer, config)
+        if problem is not None:
+            raise AttachError(f"layer {name!r} {problem}")
+    if config.ablation is not None and not any(isinstance(layer.config.structure, NM) for _, layer in named):
+        raise AttachError("ablation gives up outputs of N:M layers, and the model has none; leave it out")
     if config.permutation is not None and all(layer.permutation is None for _, layer in named):
         raise AttachError("no layer has a permutation to learn; sparsify with permutation='learned'")
 
 
-def _tensor_parallel(layer: PermutedSparseLinear) -> str:
-    """Why a layer's sharding is not data-parallel, or nothing: units would be split among ranks."""
+def _unfit(layer: PermutedSparseLinear, config: DSTConfig) -> str | None:
+    """Why a layer cannot be trained so, or None."""
+    structure = layer.config.structure
+    if layer.values.is_meta:
+        return "is on the meta device; materialise the model first"
+    if config.method == "magnitude" and structure.natural_sparsity() is not None:
+        return f"is {structure.to_string()}, whose sparsity cannot be pruned further; use a block or diagonal structure"
+    if config.method == "dynadiag" and not _has_all_diagonals(layer):
+        return (
+            "must begin with all its diagonals, among which method 'dynadiag' chooses; sparsify with Diagonal() at "
+            "sparsity=0, and give the sparsity to reach as DSTConfig.final_sparsity"
+        )
+    return _tensor_parallel(layer)
+
+
+def _has_all_diagonals(layer: PermutedSparseLinear) -> bool:
+    structure = layer.config.structure
+    return isinstance(structure, Diagonal) and bool(structure.active_units(layer.topology, layer.config.shape).all())
+
+
+def _tensor_parallel(layer: PermutedSparseLinear) -> str | None:
+    """Why a layer's sharding is not data-parallel, or None: units would be split among ranks."""
     if not is_sharded(layer.values):
-        return ""
+        return None
     from torch.distributed.tensor import Replicate, Shard
 
     placements = layer.values.placements  # type: ignore[attr-defined]  # DTensor
     odd = [p for p in placements if p not in (Shard(0), Replicate())]
     names = layer.values.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]  # DTensor
     if odd or "tp" in names:
-        return f"is split for tensor parallelism ({', '.join(map(str, placements))}), which would divide its units"
-    return ""
+        how = ", ".join(map(str, placements))
+        return (
+            f"is split for tensor parallelism ({how}), which would divide its units; use fully_shard or DistributedDataParallel"
+        )
+    return None
 
 
 def _trained_layers(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from padst_compile.errors import TrainingConfigError, UnknownFieldError
 
-Method: TypeAlias = Literal["rigl", "set", "mest", "magnitude", "static"]
+Method: TypeAlias = Literal["rigl", "set", "mest", "magnitude", "dynadiag", "static"]
 PermutationMethod: TypeAlias = Literal["autoshuffle", "sinkhorn_ste", "regroup"]
 UnitScore: TypeAlias = Literal["l1", "l2"]
 
@@ -64,7 +64,8 @@ class DSTConfig:
     Args:
         method: `"rigl"` grows where the gradient is large (Evci et al. 2020); `"set"` at random (Mocanu et al. 2018);
             `"mest"` at random and drops by `|w| + mest_weight * |g|` (Yuan et al. 2021); `"magnitude"` only prunes, from the
-            sparsity of the model to `final_sparsity` (Zhu & Gupta 2017); `"static"` changes nothing.
+            sparsity of the model to `final_sparsity` (Zhu & Gupta 2017); `"dynadiag"` chooses diagonals by a soft top-K among
+            all of them (Tyagi et al. 2025); `"static"` changes nothing.
         interval: optimizer steps between updates.
         fraction: of the active units that the first update replaces; decays to 0 along a cosine at `end`.
         start: the first optimizer step that may update.
@@ -73,7 +74,8 @@ class DSTConfig:
         score: of a unit, from its weights or gradients: their `"l1"` or `"l2"` norm.
         mest_weight: λ of mest.
         gradient_rows: fraction of the output rows from which rigl estimates gradients (Grass, Muhamed et al. 2024).
-        final_sparsity: of magnitude, reached at `end`.
+        ablation: gamma of SRigL: with rigl, outputs of N:M layers of which less than this fraction is salient are given up.
+        final_sparsity: of magnitude and dynadiag, reached at `end`.
         permutation: how permutations are learned; None leaves them as they are.
         check_invariants: check the topology, the optimizer state and the zeros after every update.
         seed: of every random choice.
@@ -91,6 +93,7 @@ class DSTConfig:
     score: UnitScore = "l1"
     mest_weight: float = 1.0
     gradient_rows: float = 1.0
+    ablation: float | None = None
     final_sparsity: float | None = None
     permutation: LearnedPermutation | None = None
     check_invariants: bool = False
@@ -112,8 +115,14 @@ class DSTConfig:
             raise TrainingConfigError(
                 f"DSTConfig: {what} follows a schedule: total_steps, the optimizer steps in all, is missing"
             )
-        if (self.method == "magnitude") != (self.final_sparsity is not None):
-            raise TrainingConfigError("DSTConfig: method 'magnitude', and no other, needs final_sparsity, for example 0.9")
+        if (self.method in ("magnitude", "dynadiag")) != (self.final_sparsity is not None):
+            raise TrainingConfigError(
+                "DSTConfig: methods 'magnitude' and 'dynadiag', and no others, need final_sparsity, for example 0.9"
+            )
+        if self.ablation is not None:
+            _between("DSTConfig", "ablation", self.ablation, 0.0, 1.0)
+            if self.method != "rigl":
+                raise TrainingConfigError("DSTConfig: ablation counts salient gradients, which only method 'rigl' collects")
         if self.final_sparsity is not None:
             _between("DSTConfig", "final_sparsity", self.final_sparsity, 0.0, 1.0)
         if self.permutation is not None and not isinstance(self.permutation, LearnedPermutation):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from padst_compile.training.collector import Reducer
 from padst_compile.training.world import World
 
@@ -19,6 +21,13 @@ class PermutationLearner(Protocol):
     @property
     def hard(self) -> bool:
         """Whether the layer applies a permutation, not a mixture."""
+
+    @property
+    def hardened_at(self) -> int | None:
+        """The step at which it became hard; 0 for one that always was, None while soft."""
+
+    def permutation(self) -> torch.Tensor:
+        """The layer's permutation, or the one that it would become now, int32 `[features]`."""
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """Who wants the magnitudes, and who the signed dense gradients of S, of the backward passes before `step`."""

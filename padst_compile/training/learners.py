@@ -56,6 +56,7 @@ class AutoShuffleLearner:
         learner = self._make(matrix)
         self._learner: AutoShuffle | None = learner
         self._penalty = learner.penalty()
+        self.hardened_at: int | None = None
         self._gradient = _MatrixGradient()
 
     def _make(self, matrix: torch.Tensor) -> AutoShuffle:
@@ -70,6 +71,10 @@ class AutoShuffleLearner:
     def hard(self) -> bool:
         """See `PermutationLearner`."""
         return self._learner is None
+
+    def permutation(self) -> torch.Tensor:
+        """See `PermutationLearner`."""
+        return _permutation(self.trained) if self._learner is None else self._learner.harden()
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """See `PermutationLearner`; listens to its own matrix instead, at every step."""
@@ -93,6 +98,7 @@ class AutoShuffleLearner:
             self._penalty = self._learner.penalty()
         if should_harden(self._penalty, step, threshold=self.method.threshold, deadline=self._deadline):
             self._harden(world)
+            self.hardened_at = step
 
     def finish(self, world: World) -> None:
         """See `PermutationLearner`."""
@@ -103,7 +109,8 @@ class AutoShuffleLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """See `PermutationLearner`."""
-        return {"soft": None if self._learner is None else self._learner.state_dict(), "penalty": self._penalty}
+        soft = None if self._learner is None else self._learner.state_dict()
+        return {"soft": soft, "penalty": self._penalty, "hardened_at": self.hardened_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `PermutationLearner`."""
@@ -116,7 +123,7 @@ class AutoShuffleLearner:
             self._learner = self._make(self._soft.matrix)
             self._learner.load_state_dict(state["soft"])
             self._soft.state.fill_(SOFT)
-        self._penalty = state["penalty"]
+        self._penalty, self.hardened_at = state["penalty"], state["hardened_at"]
 
     def _harden(self, world: World) -> None:
         if self._learner is not None:
@@ -165,6 +172,7 @@ class SinkhornLearner:
 
     penalty = 0.0
     hard = True
+    hardened_at = 0
 
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
         permutation = trained.layer.permutation
@@ -182,6 +190,10 @@ class SinkhornLearner:
             owner=trained.name,
         )
         self._gradient = _BlockGradient(trained, self._learner)
+
+    def permutation(self) -> torch.Tensor:
+        """See `PermutationLearner`."""
+        return _permutation(self.trained)
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """See `PermutationLearner`."""
@@ -244,12 +256,17 @@ class RegroupLearner:
 
     penalty = 0.0
     hard = True
+    hardened_at = 0
 
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
         self.trained, self.config, self.method = trained, config, method
         self._interval = method.interval or config.interval
         self._gradient: _LineScores | None = None
         self._units()  # refuses structures that it cannot help
+
+    def permutation(self) -> torch.Tensor:
+        """See `PermutationLearner`."""
+        return _permutation(self.trained)
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """See `PermutationLearner`."""
@@ -311,3 +328,8 @@ class _LineScores:
         """See `Reducer.add`; takes magnitudes."""
         scores = self.units.scores(gradient)
         self.total = scores.clone() if self.total is None else self.total + scores
+
+
+def _permutation(trained: TrainedLayer) -> torch.Tensor:
+    assert trained.layer.permutation is not None  # or it would have no learner
+    return trained.layer.permutation

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from padst_compile.errors import ResumeError
+from padst_compile.structures import NM
 from padst_compile.training.collector import DenseGradient, UnitScores
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.invariants import check_layer
@@ -18,6 +19,7 @@ from padst_compile.training.learner import PermutationLearner
 from padst_compile.training.pruning import compact, stored_mask
 from padst_compile.training.schedule import is_due
 from padst_compile.training.sharding import whole
+from padst_compile.training.soft_top_k import SoftTopK
 from padst_compile.training.topology import Situation, TopologyUpdate, needs_gradient, update_topology
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -32,6 +34,7 @@ class _Member:
 
     trained: TrainedLayer
     learner: PermutationLearner | None
+    gates: SoftTopK | None
     scores: UnitScores | None = None
     listener: DenseGradient | None = None
 
@@ -47,7 +50,7 @@ class Runtime:
         updates: of the topology that took place, in all layers.
         skipped: updates left out because of NaN or infinite gradients, or because no gradient came.
         last_update: what the latest update did to each layer.
-        update_seconds, hook_seconds: time spent in updates, and in the hooks of all steps, updates included.
+        update_seconds, learning_seconds, hook_seconds: time spent in updates, in learning permutations, and in all hooks.
     """
 
     def __init__(
@@ -62,9 +65,9 @@ class Runtime:
         self.config, self.world = config, world
         self._optimizers, self._grad_scaler = tuple(optimizers), grad_scaler
         self._steps = [0] * len(optimizers)
-        self._members = [_Member(layer, make_learner(layer)) for layer in layers]
+        self._members = [_Member(layer, make_learner(layer), _gates(layer, config)) for layer in layers]
         self.updates = self.skipped = 0
-        self.update_seconds = self.hook_seconds = 0.0
+        self.update_seconds = self.hook_seconds = self.learning_seconds = 0.0
         self.last_update: tuple[TopologyUpdate, ...] = ()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         for number in range(len(optimizers)):
@@ -111,6 +114,8 @@ class Runtime:
         step, members = self._steps[number], self._members_of(number)
         with torch.no_grad():
             for member in members:
+                if member.gates is not None:
+                    member.gates.after_step(step, self.world)
                 member.trained.hold_at_zero()
             self._learn(members, step)
             if is_due(step, self.config):
@@ -123,11 +128,13 @@ class Runtime:
         return [member for member in self._members if member.trained.optimizer is self._optimizers[number]]
 
     def _learn(self, members: Sequence[_Member], step: int) -> None:
+        began = time.perf_counter()
         scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
         for member in members:
             if member.learner is not None:
                 member.learner.after_step(step, self.world, scale)
                 member.trained.share_topology()
+        self.learning_seconds += time.perf_counter() - began
 
     def _listen(self, number: int) -> None:
         """Ask for the dense gradients that the next step of an optimizer needs."""
@@ -194,6 +201,7 @@ class Runtime:
                 member.trained.name: {
                     **member.trained.state_dict(),
                     "learner": None if member.learner is None else member.learner.state_dict(),
+                    "gates": None if member.gates is None else member.gates.state_dict(),
                 }
                 for member in self._members
             },
@@ -214,6 +222,8 @@ class Runtime:
             member.trained.mask = None if member.trained.alive is None else stored_mask(member.trained)
             if member.learner is not None:
                 member.learner.load_state_dict(stored["learner"])
+            if member.gates is not None:
+                member.gates.load_state_dict(stored["gates"])
         for number in range(len(self._optimizers)):
             self._listen(number)
 
@@ -250,8 +260,18 @@ class Runtime:
             if member.learner is not None:
                 member.learner.finish(self.world)
                 member.trained.share_topology()
-            if member.trained.alive is not None:
+            if member.gates is not None:
+                member.gates.finish(self.world)
+            if member.trained.alive is not None and not isinstance(member.trained.structure, NM):  # which has fixed places
                 _compact(member.trained, member.trained.alive)
+
+
+def _gates(trained: TrainedLayer, config: DSTConfig) -> SoftTopK | None:
+    if config.method != "dynadiag":
+        return None
+    assert config.final_sparsity is not None  # the configuration demands it
+    keep = trained.structure.units_per_pool(trained.shape, config.final_sparsity)
+    return SoftTopK(trained, keep, config.last_update)
 
 
 def _finite(member: _Member) -> bool:

@@ -9,7 +9,7 @@ from padst_compile.training.config import DSTConfig
 
 def is_due(step: int, config: DSTConfig) -> bool:
     """Whether the topology is updated after the optimizer's `step`-th step, counted from 1."""
-    if config.method == "static" or step < max(1, config.start) or step > config.last_update:
+    if config.method in ("static", "dynadiag") or step < max(1, config.start) or step > config.last_update:
         return False
     return step % config.interval == 0
 

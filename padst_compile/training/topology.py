@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from padst_compile.structures import NM
+from padst_compile.training.ablation import neurons_to_keep
 from padst_compile.training.collector import UnitScores, unit_scores
 from padst_compile.training.config import DSTConfig, Method
 from padst_compile.training.pruning import stored_mask
@@ -99,19 +101,39 @@ def update_topology(now: Situation, world: World) -> TopologyUpdate:
     after = world.agree(_pruned(now, before) if now.config.method == "magnitude" else _exchanged(now, before))
     if now.config.method == "magnitude":
         trained.alive = after
+    else:
+        if _ablates(now):  # every group of a neuron that stays has active units
+            trained.alive = after.any(1, keepdim=True).expand_as(after).clone()
+        _store(trained, after)
+    if trained.alive is not None:
         trained.mask = stored_mask(trained)
         trained.hold_at_zero()
-    elif not torch.equal(before, after):
-        change_topology(trained.layer, trained.optimizer, trained.structure.topology_of(after, trained.shape))
-        trained.share_topology()
     trained.visit()
     return TopologyUpdate(trained.name, now.step, int((before & ~after).sum()), int((after & ~before).sum()))
 
 
+def _store(trained: TrainedLayer, after: torch.Tensor) -> None:
+    """Make room for the units of `after`; what was given up keeps its places, which N:M has in any case."""
+    stored = trained.structure.active_units(trained.layer.topology, trained.shape)
+    wanted = after if trained.alive is None else after | (stored & ~trained.alive)
+    if not torch.equal(stored, wanted):
+        change_topology(trained.layer, trained.optimizer, trained.structure.topology_of(wanted, trained.shape))
+        trained.share_topology()
+
+
+def _ablates(now: Situation) -> bool:
+    return now.config.ablation is not None and isinstance(now.trained.structure, NM)
+
+
 def _exchanged(now: Situation, active: torch.Tensor) -> torch.Tensor:
-    rule = _RULES[now.config.method]
+    rule, structure = _RULES[now.config.method], now.trained.structure
     count = round(fraction_at(now.step, now.config) * int(active.sum()))
-    return exchange(active, rule.keep(now), rule.grow(now), count)
+    keep, grow = rule.keep(now), rule.grow(now)
+    if now.config.ablation is not None and isinstance(structure, NM):
+        stay = neurons_to_keep(structure, now.trained.shape, active, keep, grow, count, now.config.ablation)
+        active = active & stay
+        count = min(count, int(active.sum()))
+    return exchange(active, keep, grow, count)
 
 
 def _pruned(now: Situation, active: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,8 @@ class TrainedLayer:
     def __post_init__(self) -> None:
         self.alive: torch.Tensor | None = None  # bool [pools, units]: not yet pruned; None where nothing is pruned
         self.mask: torch.Tensor | None = None  # the same, where the values are
+        permutation = self.layer.permutation
+        self.start = None if permutation is None else permutation.cpu().clone()  # where the training began
         self._visited = np.packbits(self.active().cpu().numpy())
 
     @property
@@ -107,11 +109,13 @@ class TrainedLayer:
             "structure": self.structure.to_string(),
             "shape": [self.shape.out_features, self.shape.in_features],
             "fingerprint": self.fingerprint(),
+            "start": self.start,
             "visited": torch.from_numpy(self._visited.copy()),
             "alive": None if self.alive is None else self.alive.cpu(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; the caller has compared it with this layer."""
+        self.start = state["start"]
         self._visited = state["visited"].numpy().copy()
         self.alive = None if state["alive"] is None else state["alive"].to(self.layer.topology[0].device)
