@@ -1,0 +1,157 @@
+"""Permutations that are hard in every forward pass, learned through logits by a straight-through gradient.
+
+After PermLLM (NeurIPS 2025, arXiv 2510.10136): logits become a soft permutation by Sinkhorn's normalisation, linear assignment
+makes it hard, and the gradient of the hard one is passed on to the soft one as it is. Only blocks of places are permuted among
+themselves, so n features cost n * width logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from padst_compile import permutation
+from padst_compile.errors import ResumeError
+from padst_compile.training.permutations.adam import Adam
+from padst_compile.training.permutations.assignment import harden_blocks
+from padst_compile.training.permutations.blocks import Blocks
+
+_NEVER = -1e9  # a logit whose exponential is exactly 0; infinite ones would make gradients NaN
+
+
+def sinkhorn(logits: torch.Tensor, iterations: int = 5, temperature: float = 1.0) -> torch.Tensor:
+    """Doubly stochastic matrices from logits, by normalising rows and columns in turn, in log space.
+
+    Args:
+        logits: `[blocks, width, width]`; differentiable.
+        iterations: 0 leaves rows and columns as they are.
+        temperature: divides the logits; low ones make the result harder.
+
+    Returns:
+        `[blocks, width, width]`; columns sum to 1, rows in the limit of many iterations.
+    """
+    logarithms = logits / temperature
+    for _ in range(iterations):
+        logarithms = logarithms.log_softmax(-1).log_softmax(-2)
+    return logarithms.exp()
+
+
+def temperature_at(update: int, updates: int, first: float = 1.0, last: float = 0.1) -> float:
+    """The temperature at an update, counted from 0: linear from `first` to `last` over `updates`, then `last`."""
+    return last if update >= updates else first + (last - first) * update / updates
+
+
+class SinkhornSTE:
+    """Logits behind a hard permutation.
+
+    Args:
+        start: int32 `[n]`, the permutation before the first update.
+        blocks: which places exchange features; `blocks.split`.
+        updates: over which the temperature falls from `temperature[0]` to `temperature[1]`.
+        learning_rate: of Adam on the logits.
+        iterations: of Sinkhorn's normalisation.
+        temperature: at the first update, and from the last on.
+        margin: of the logits of `start` over all others; what learning must overcome.
+        owner: the layer, for messages.
+
+    Attributes:
+        places: int64 `[blocks, width]`: where an entry's row reads to; for `gradient.block_gradient`.
+        features: int64 `[blocks, width]`: the features that an entry's columns stand for, those of `start` at `places`.
+    """
+
+    def __init__(
+        self,
+        start: torch.Tensor,
+        blocks: Blocks,
+        *,
+        updates: int,
+        learning_rate: float = 0.05,
+        iterations: int = 5,
+        temperature: tuple[float, float] = (1.0, 0.1),
+        margin: float = 0.1,
+        owner: str = "SinkhornSTE",
+    ) -> None:
+        self._start = permutation.check(start, start.numel(), owner).clone()
+        self._blocks = blocks.to(start.device)
+        self.updates, self.learning_rate, self.iterations, self.temperature = updates, learning_rate, iterations, temperature
+        self.owner = owner
+        width = blocks.places.shape[1]
+        self._eye = torch.eye(width, dtype=torch.bool, device=start.device)
+        logits = (margin * self._eye.float()).expand(blocks.places.shape[0], -1, -1).contiguous()
+        self._adam = Adam(logits)
+
+    @property
+    def places(self) -> torch.Tensor:
+        """See the class."""
+        return self._blocks.places
+
+    @property
+    def features(self) -> torch.Tensor:
+        """See the class."""
+        return self._start.long()[self._blocks.places]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """float32 `[blocks, width, width]`; rows are places, columns features."""
+        return self._adam.parameter
+
+    @property
+    def update_count(self) -> int:
+        """Updates so far."""
+        return int(self._adam.steps)
+
+    def soft(self) -> torch.Tensor:
+        """The soft permutations at the present temperature, `[blocks, width, width]`."""
+        with torch.no_grad():
+            return self._soften(self.logits)
+
+    def hard(self) -> torch.Tensor:
+        """The permutation, int32 `[n]`: linear assignment of the soft one in every block.
+
+        Raises:
+            PermutationScoresError: the logits are not finite.
+        """
+        return self._blocks.permutation(self._start, harden_blocks(self.soft(), self.owner))
+
+    def update(self, gradient: torch.Tensor) -> None:
+        """One Adam step on the logits.
+
+        Args:
+            gradient: of the loss by the hard matrices, `[blocks, width, width]`, any floating dtype
+                (`gradient.block_gradient(…, places, features)`), taken for the soft ones' (straight-through). Layers that must
+                share one permutation share one learner, with the sum of their gradients.
+        """
+        logits = self.logits.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            soft = self._soften(logits)
+        (through,) = torch.autograd.grad(soft, logits, gradient.to(soft.dtype))
+        self._adam.step(through, self.learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Logits, moments and number of updates, with what they refer to: tensors, not copies."""
+        return {**self._adam.state_dict(), "start": self._start, "places": self._blocks.places}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state, bit for bit; `start` comes from the state.
+
+        Raises:
+            ResumeError: the state is of another layer, method or division into blocks; nothing was changed.
+        """
+        own = {"start": self._start, "places": self._blocks.places}
+        for name, tensor in own.items():
+            other = state.get(name)
+            if other is None or other.shape != tensor.shape:
+                raise ResumeError(f"{self.owner}: the state is of another method or layer: its {name!r} does not fit")
+        if not torch.equal(state["places"].to(self.places.device), self.places):
+            raise ResumeError(f"{self.owner}: the state divides the features into other blocks; resume with its configuration")
+        self._adam.load_state_dict({name: value for name, value in state.items() if name not in own}, self.owner)
+        self._start.copy_(state["start"])
+
+    def _soften(self, logits: torch.Tensor) -> torch.Tensor:
+        """What fills blocks up keeps to itself: exactly 1 on the diagonal, 0 elsewhere."""
+        valid = self._blocks.valid
+        inside = valid[:, :, None] & valid[:, None, :]
+        masked = logits.masked_fill(~inside, _NEVER).masked_fill(~inside & self._eye, 0.0)
+        return sinkhorn(masked, self.iterations, temperature_at(self.update_count, self.updates, *self.temperature))
