@@ -14,6 +14,7 @@ from padst_compile.kernels.diagonal.blocks import block_size, block_tables
 from padst_compile.kernels.diagonal.transpose import transpose as diagonal_transpose
 from padst_compile.kernels.formats import format_of, register_format
 from padst_compile.kernels.native.tiles import token_tile
+from padst_compile.kernels.permute import gather_features
 from padst_compile.kernels.triton_product import TritonProduct
 from padst_compile.permutation import compose, inverse
 from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology
@@ -118,12 +119,12 @@ def forward(
         y: torch.Tensor = kernel_op(structure, kernel)(x, values, *topology, *around, *native_sizes(structure), **tuned)
         return y
     if input_permutation is not None:
-        x = x.index_select(-1, input_permutation)
+        x = gather_features(x, input_permutation)
     y = format_of(structure).forward(structure, x.reshape(-1, x.shape[-1]), values, topology, out_features)
     # Autograd forbids writing in place to a view that a custom op returns, as `ReLU(inplace=True)` behind a layer would.
     y = torch.ops.aten._unsafe_view.default(y.contiguous(), (*x.shape[:-1], out_features))
     if output_permutation is not None:
-        y = y.index_select(-1, output_permutation)
+        y = gather_features(y, output_permutation)
     return (y if bias is None else y + bias).contiguous()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from padst_compile.kernels import gradient_tap
+from padst_compile.kernels.permute import gather_features
 from padst_compile.permutation import inverse
 
 HARD, SOFT = 0, 1
@@ -31,7 +32,7 @@ def soft_permute(x: torch.Tensor, indices: torch.Tensor, soft: torch.Tensor, sta
     """
     if int(state) == SOFT:
         return torch.nn.functional.linear(x, soft.to(x.dtype))
-    return x.index_select(-1, indices).contiguous()
+    return gather_features(x, indices)
 
 
 @soft_permute.register_fake
@@ -46,7 +47,7 @@ def soft_permute_gradient(
 ) -> torch.Tensor:
     """The gradient of `x` `[..., features]`; while soft, a listener gets the products that make up the gradient of `soft`."""
     if int(state) != SOFT:
-        return grad.index_select(-1, inverse(indices)).contiguous()
+        return gather_features(grad, inverse(indices))
     listener = gradient_tap.listener_of((state,))
     if listener is not None:
         listener.products(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
