@@ -28,7 +28,8 @@ def gather_features(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """`x[..., indices]` without autograd, contiguous; through a matrix, for `index_select` of one is up to 28 times faster."""
     matrix = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     # Autograd forbids writing in place to a view that a custom op returns, as `ReLU(inplace=True)` behind it would.
-    return torch.ops.aten._unsafe_view.default(matrix.index_select(1, indices), x.shape)
+    permuted: torch.Tensor = torch.ops.aten._unsafe_view.default(matrix.index_select(1, indices), x.shape)
+    return permuted
 
 
 def _check(x: torch.Tensor, indices: torch.Tensor) -> None:
