@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu kernels-offline mutants clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline mutants clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -46,6 +46,9 @@ kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs 
 
 bench-cpu: $(VENV)/.installed-demo ## layers beside every peer on the CPU; writes into benchmarks/results/
 	$(PY) benchmarks/kernels.py
+
+bench-training: $(VENV)/.installed-demo ## training steps, memory and overhead of the runtime; writes into benchmarks/results/
+	$(PY) benchmarks/training.py
 
 mutants: $(VENV)/.installed-test ## mutation testing of the passes (MODULES='permutation.py ...' for some); writes a score
 	@$(INSTALL) 'mutmut>=3.8,<4'

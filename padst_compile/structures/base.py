@@ -145,3 +145,11 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Where the `count` largest entries of each row lie, bool in the shape of `scores`; ties go to the lower position."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :count], value=True)
+
+
+def padded(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`weight` `[out, in]` with zeros below and to the right up to `[rows, columns]`; itself where it has that size."""
+    bottom, right = rows - weight.shape[0], columns - weight.shape[1]
+    if bottom == right == 0:  # torch would copy, and a dense weight is large
+        return weight
+    return torch.nn.functional.pad(weight, (0, right, 0, bottom))

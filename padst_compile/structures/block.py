@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from padst_compile.errors import SpecError
-from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, require_positive
+from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, padded, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Block(Structure):
         row_count, column_count = self.grid(shape)
         tiles = values.new_zeros(row_count, self.rows, column_count, self.columns)
         tiles[self.block_rows(topology), :, topology[1].long()] = values.transpose(1, 2)
-        padded = tiles.reshape(row_count * self.rows, column_count * self.columns)
-        return padded[: shape.out_features, : shape.in_features].contiguous()
+        unpacked = tiles.reshape(row_count * self.rows, column_count * self.columns)
+        return unpacked[: shape.out_features, : shape.in_features].contiguous()
 
     def check_topology(self, topology: Topology, shape: Shape) -> str | None:
         """See `Structure.check_topology`."""
@@ -123,6 +123,5 @@ class Block(Structure):
     def _tiles(self, weight: torch.Tensor) -> torch.Tensor:
         """A view of the zero-padded weight as `[block rows, rows, block columns, columns]`."""
         row_count, column_count = self.grid(Shape(*weight.shape))
-        bottom, right = row_count * self.rows - weight.shape[0], column_count * self.columns - weight.shape[1]
-        padded = torch.nn.functional.pad(weight, (0, right, 0, bottom))
-        return padded.reshape(row_count, self.rows, column_count, self.columns)
+        whole = padded(weight, row_count * self.rows, column_count * self.columns)
+        return whole.reshape(row_count, self.rows, column_count, self.columns)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from padst_compile.errors import SpecError, StructureMismatchError
-from padst_compile.structures.base import Shape, Structure, Topology, is_integer, require_positive
+from padst_compile.structures.base import Shape, Structure, Topology, is_integer, padded, require_positive
 
 _LARGEST_GROUP = 256  # an offset inside a group is stored in one byte
 
@@ -101,8 +101,8 @@ class NM(Structure):
         index = topology[0].long().reshape(row_groups, 1, input_groups, self.n).expand(-1, self.vector, -1, -1)
         grouped = values.new_zeros(row_groups, self.vector, input_groups, self.m)
         grouped.scatter_(-1, index, values.transpose(1, 2).reshape(row_groups, self.vector, input_groups, self.n))
-        padded = grouped.reshape(row_groups * self.vector, input_groups * self.m)
-        return padded[: shape.out_features, : shape.in_features].contiguous()
+        unpacked = grouped.reshape(row_groups * self.vector, input_groups * self.m)
+        return unpacked[: shape.out_features, : shape.in_features].contiguous()
 
     def check_topology(self, topology: Topology, shape: Shape) -> str | None:
         """See `Structure.check_topology`."""
@@ -132,9 +132,8 @@ class NM(Structure):
     def _groups(self, weight: torch.Tensor) -> torch.Tensor:
         """A view of the zero-padded weight as `[row groups, vector, input groups, m]`."""
         row_groups, input_groups = self.groups(Shape(*weight.shape))
-        bottom, right = row_groups * self.vector - weight.shape[0], input_groups * self.m - weight.shape[1]
-        padded = torch.nn.functional.pad(weight, (0, right, 0, bottom))
-        return padded.reshape(row_groups, self.vector, input_groups, self.m)
+        whole = padded(weight, row_groups * self.vector, input_groups * self.m)
+        return whole.reshape(row_groups, self.vector, input_groups, self.m)
 
 
 def _nearest_divisor(size: int, wanted: int, above: int) -> int | None:

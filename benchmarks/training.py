@@ -1,0 +1,229 @@
+"""Whole training steps at 90 % block sparsity beside dense ones, one thread: time, memory, and what the runtime costs.
+
+Writes results/cpu-training.json. A step is forward, backward and AdamW. Dense runs under torch.compile's defaults, sparse under
+backend padst with a runtime that does RigL at interval 100. Updates are timed as whole steps, for their dense gradients are
+computed in the backward pass before them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import suite
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import padst_compile as padst
+from padst_compile.backend import padst as backend
+from padst_compile.benchmarking.machine import describe_machine
+from padst_compile.benchmarking.models import build_model
+from padst_compile.benchmarking.report import write_json
+from padst_compile.training.rearrange import companions
+
+RESULT = Path(__file__).parent / "results" / "cpu-training.json"
+INTERVAL = 100
+CASES = [
+    ("timm:vit_small_patch16_224", 8, 0, "block:64", "none"),
+    ("timm:vit_small_patch16_224", 8, 0, "block:64", "random"),
+    ("timm:vit_small_patch16_224", 8, 0, "nm:1:10", "random"),
+    ("timm:vit_small_patch16_224", 8, 0, "diagonal", "random"),
+    ("hf:gpt2", 2, 256, "block:64", "none"),
+    ("hf:gpt2", 2, 256, "block:64", "random"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One model, dense and sparse.
+
+    Args:
+        model: name.
+        batch: images or sequences.
+        tokens: of a sequence; 0 for images.
+        structure: short form.
+        permutation: "none" or "random", on every layer's input.
+        dense: milliseconds of a step.
+        sparse: milliseconds of a step without update.
+        update: milliseconds of a step with one.
+        hooks: milliseconds in the runtime's hooks at a step without update.
+        memory: bytes of weights, gradients, AdamW state, index tensors and runtime state of the sparse layers, over the bytes
+            of weights, gradients and AdamW state of the same layers when dense.
+        update_extra_bytes: by how much an update step's peak of allocated memory exceeds another step's.
+        largest_dense_gradient: bytes of the largest layer's dense gradient.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    structure: str
+    permutation: str
+    dense: float
+    sparse: float
+    update: float
+    hooks: float
+    memory: float
+    update_extra_bytes: int
+    largest_dense_gradient: int
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over sparse time, updates included."""
+        return self.dense / (self.sparse + (self.update - self.sparse) / INTERVAL)
+
+    @property
+    def update_share(self) -> float:
+        """Fraction of the training time that updates take."""
+        return (self.update - self.sparse) / INTERVAL / self.sparse
+
+    @property
+    def hook_share(self) -> float:
+        """Fraction of the other steps that the hooks take."""
+        return self.hooks / self.sparse
+
+
+def measure(model: str, batch: int, tokens: int, structure: str, permutation: str, rounds: int) -> Training:
+    """One model, in turns with its dense self."""
+    torch._dynamo.reset()
+    case = build_model(model, batch=batch, tokens=tokens or 1)
+    chosen = dataclasses.replace(suite.spec(structure), permutation=permutation)
+    dense, sparse = case.model.train(), padst.sparsify(copy.deepcopy(case.model), chosen).train()
+    loss = _loss(model, batch, tokens, case.args)
+    dense_step = _stepper(torch.compile(dense), torch.optim.AdamW(dense.parameters()), loss)
+    optimizer = torch.optim.AdamW(sparse.parameters())
+    runtime = padst.attach(sparse, optimizer, padst.DSTConfig(method="rigl", interval=4, total_steps=10**6))
+    sparse_step = _stepper(torch.compile(sparse, backend=backend), optimizer, loss)
+    times: dict[str, list[float]] = {"dense": [], "sparse": [], "update": []}
+    for _ in range(8):  # compile, fill caches, end with an update
+        sparse_step()
+    dense_step(), dense_step()
+    for _ in range(rounds):
+        for number in range(4):
+            times["dense"].append(_timed(dense_step))
+            times["update" if number == 3 else "sparse"].append(_timed(sparse_step))
+    hooks = _hooks(runtime, sparse_step)
+    peaks = [_peak(sparse_step) for _ in range(4)]  # the last of the four is an update
+    middle = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    return Training(
+        model, batch, tokens, structure, permutation, middle["dense"], middle["sparse"], middle["update"], hooks * 1e3,
+        _state_bytes(runtime, optimizer) / _dense_state_bytes(runtime), peaks[-1] - int(statistics.median(peaks[:-1])),
+        max(layer.shape.numel for layer in runtime.layers) * 4,
+    )  # fmt: skip
+
+
+def _loss(model: str, batch: int, tokens: int, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], torch.Tensor]:
+    if model.startswith("hf:"):
+        ids = torch.randint(0, 50257, (batch, tokens))
+        return lambda run: run(input_ids=ids, labels=ids, use_cache=False).loss
+    labels = torch.randint(0, 1000, (batch,))
+    return lambda run: nn.functional.cross_entropy(run(*args), labels)
+
+
+def _stepper(
+    run: Callable[..., Any], optimizer: torch.optim.Optimizer, loss: Callable[[Callable[..., Any]], torch.Tensor]
+) -> Callable[[], None]:
+    def step() -> None:
+        loss(run).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _timed(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _hooks(runtime: padst.Runtime, step: Callable[[], None]) -> float:
+    """Seconds in the hooks of a step without update; the counter stands behind an update, and the next three are none."""
+    samples = []
+    for number in range(8):
+        before = runtime.hook_seconds
+        step()
+        if number % 4 < 3:
+            samples.append(runtime.hook_seconds - before)
+    return statistics.median(samples)
+
+
+def _peak(step: Callable[[], None]) -> int:
+    """The most bytes that were allocated at once during a step, beyond those at its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    held = peak = 0
+    kineto = recorded.profiler.kineto_results
+    for event in sorted((e for e in kineto.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _state_bytes(runtime: padst.Runtime, optimizer: torch.optim.Optimizer) -> int:
+    total = 0
+    for trained in runtime.layers:
+        layer = trained.layer
+        values = layer.values
+        layer_tensors: Iterator[torch.Tensor] = iter((values, *companions(values, optimizer), *layer.topology))
+        total += sum(tensor.numel() * tensor.element_size() for tensor in layer_tensors)
+        total += values.numel() * values.element_size()  # the gradient, which zero_grad has dropped
+        total += 0 if layer.permutation is None else layer.permutation.numel() * layer.permutation.element_size()
+        total += trained.state_dict()["visited"].numel()
+    return total
+
+
+def _dense_state_bytes(runtime: padst.Runtime) -> int:
+    """Weight, gradient and two moments, float32."""
+    return sum(4 * 4 * trained.shape.numel for trained in runtime.layers)
+
+
+def main() -> None:
+    """Measure, print, record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the first case, one round, nothing written")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    console = Console(width=170)
+    title = f"training steps at 90 % sparsity, one thread, medians of interleaved steps; updates every {INTERVAL} steps"
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "model",
+        "sparse as",
+        "permutation",
+        "dense",
+        "padst",
+        "speed-up",
+        "updates",
+        "hooks",
+        "memory",
+        "update extra",
+    ):
+        table.add_column(column, justify="right")
+    cases = []
+    for case in CASES[:1] if quick else CASES:
+        console.print("measuring", *case)
+        result = measure(*case, rounds=1 if quick else 5)
+        derived = {"speedup": result.speedup, "update_share": result.update_share, "hook_share": result.hook_share}
+        cases.append({**dataclasses.asdict(result), **derived})
+        table.add_row(
+            f"{result.model}, batch {result.batch}", result.structure, result.permutation, f"{result.dense:.0f} ms",
+            f"{result.sparse:.0f} ms", f"{result.speedup:.2f}x", f"{result.update_share:.2%}", f"{result.hook_share:.2%}",
+            f"{result.memory:.3f}x", f"{result.update_extra_bytes / result.largest_dense_gradient:.2f} dense gradients",
+        )  # fmt: skip
+    console.print(table)
+    console.print("updates, hooks: fractions of the time; memory: weights, gradients, AdamW and runtime state over dense ones")
+    if not quick:
+        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, RESULT)}")
+
+
+if __name__ == "__main__":
+    main()
