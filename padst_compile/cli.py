@@ -1,4 +1,4 @@
-"""The `padst` command: demo, explain, bench, tune, doctor."""
+"""The `padst` command: demo, explain, bench, tune, train, doctor."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ from padst_compile.doctor import examine
 from padst_compile.drawing.picture import draw
 from padst_compile.errors import MissingDeviceError, PadstError, UnknownFieldError
 from padst_compile.explain import explain as explain_model
+from padst_compile.recipes import TrainConfig
+from padst_compile.recipes import run as run_training
+from padst_compile.recipes.display import Display, result_line, result_table
+from padst_compile.recipes.shorthand import SparseTraining
 from padst_compile.spec import SparsitySpec
 from padst_compile.structures import parse
 from padst_compile.tuning import sources, tuning_table
@@ -173,6 +177,97 @@ def tune(
     if export is not None:
         results = library().cache.results_of(environment(device).processor)
         console.print(f"{write_shipped(export, results)} results written to {export}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="timm:NAME[,key=value…] or mixer:key=value… for images, hf:TYPE[,key=value…] for text; random weights"
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Argument(help="images: a parquet file, or a folder of parquet files or of classes; a UTF-8 text")
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the run; the same command continues what is in it")],
+    validation: Annotated[
+        Path | None, typer.Option(help="like DATA; what lies beside it, or a tenth of it, if not given")
+    ] = None,
+    structure: Annotated[str, typer.Option(help="as for bench, or dense")] = "block:16",
+    sparsity: Sparsity = None,
+    permutation: Annotated[str, typer.Option(help="none, random, autoshuffle, sinkhorn_ste or regroup")] = "none",
+    side: Side = "input",
+    foldable: Annotated[bool, typer.Option("--foldable", help="only permutations that cost nothing in this model")] = False,
+    targets: Targets = None,
+    method: Annotated[
+        str, typer.Option(help="rigl, set, mest, magnitude, static, or none: weights alone are trained")
+    ] = "rigl",
+    interval: Annotated[int, typer.Option(help="steps between updates of the topology")] = 100,
+    fraction: Annotated[float, typer.Option(help="of the active weights that the first update replaces")] = 0.3,
+    end: Annotated[float, typer.Option(help="fraction of the steps after which the topology stays")] = 0.75,
+    steps: Annotated[int, typer.Option(help="optimizer steps in all")] = 1000,
+    batch: Annotated[int, typer.Option(help="images or windows of text of a step")] = 64,
+    lr: Annotated[float, typer.Option(help="highest learning rate of AdamW")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="fraction of the steps over which it rises; a cosine follows")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="of matrices")] = 0.05,
+    clip: Annotated[float, typer.Option(help="largest norm of the gradient")] = 1.0,
+    label_smoothing: Annotated[float, typer.Option(help="of the training loss")] = 0.0,
+    image_size: Annotated[int | None, typer.Option(help="pixels of a side; that of the first image if not given")] = None,
+    augment: Annotated[bool, typer.Option(help="mirror and shift training images")] = True,
+    context: Annotated[int, typer.Option(help="tokens of a window of text")] = 256,
+    tokens: Annotated[str, typer.Option(help="characters or bytes")] = "characters",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast")] = "float32",
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    log_interval: Annotated[int, typer.Option(help="steps between rows of metrics.jsonl")] = 10,
+    eval_interval: Annotated[int, typer.Option(help="steps between validations")] = 200,
+    eval_limit: Annotated[int | None, typer.Option(help="at most so many validation examples; all if not given")] = None,
+    checkpoint_interval: Annotated[int, typer.Option(help="steps between checkpoints")] = 200,
+    threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    compile_training: Annotated[bool, typer.Option("--compile/--no-compile", help="train with backend padst")] = False,
+) -> None:
+    """Train a sparse model, then compile it and compare. The same command continues a run that was killed."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with _errors():
+        sparse = SparseTraining(
+            structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end
+        )
+        specification, dst = sparse.resolve(steps=steps, seed=seed)
+        config = TrainConfig(
+            model,
+            str(data.resolve()),
+            None if validation is None else str(validation.resolve()),
+            sparsity=specification,
+            dst=dst,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            label_smoothing=label_smoothing,
+            image_size=image_size,
+            augment=augment,
+            context=context,
+            tokens=cast("Any", tokens),  # the configuration checks names
+            dtype=cast("Any", dtype),
+            seed=seed,
+            log_interval=log_interval,
+            eval_interval=eval_interval,
+            eval_limit=eval_limit,
+            checkpoint_interval=checkpoint_interval,
+            threads=threads,
+            device=cast("Any", device),
+            compile=compile_training,
+        )
+        with Display(Console(stderr=True, width=None if sys.stderr.isatty() else 200)) as display:
+            result = run_training(config, out, display)
+    console.print(result_table(result))
+    console.print(result_line(result), soft_wrap=True, highlight=False)
+    console.print(f"kept in {out}", soft_wrap=True, markup=False)
+    if not result.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -46,12 +46,13 @@ LAYERS = (
     "training",
     "__init__",
     "benchmarking",
+    "recipes",
     "drawing",
     "doctor",
     "cli",
 )
 FOR_TESTS_ALONE = "testing"
-OPTIONAL = ("timm", "transformers", "matplotlib")
+OPTIONAL = ("timm", "transformers", "torchvision", "pyarrow", "PIL", "matplotlib")
 LATE = (*OPTIONAL, "hypothesis", "typer", "rich")
 ROOT_FOLDERS = ("kernels", "passes", "autotune")
 

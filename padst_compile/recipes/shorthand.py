@@ -1,0 +1,104 @@
+"""The specification and the training of sparse layers from the short names of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast, get_args
+
+from padst_compile.errors import TrainingConfigError, UnknownFieldError
+from padst_compile.spec import PermutationKind, PermutationSide, SparsitySpec
+from padst_compile.structures import parse
+from padst_compile.training import DSTConfig, LearnedPermutation
+from padst_compile.training.config import Method, PermutationMethod
+
+DENSE = "dense"
+FIXED = "none"  # as a method: no runtime at all; as a permutation: there is none
+LEARNED: tuple[PermutationMethod, ...] = get_args(PermutationMethod)
+PERMUTATIONS = (FIXED, "random", *LEARNED)
+METHODS = (FIXED, *get_args(Method))
+_SPARSITY = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseTraining:
+    """What to make sparse and how to train it, in short names.
+
+    Args:
+        structure: as on the command line (`block:16`), or "dense" for none.
+        sparsity: of the trained model; None for what the structure fixes, or 0.9.
+        permutation: one of `PERMUTATIONS`: none, random and fixed, or how it is learned.
+        side: input, output or smaller.
+        foldable: only permutations that cost nothing.
+        targets: patterns of layers; none for all.
+        method: one of `METHODS`: how the topology changes; "none" for not at all, without a runtime; "static" for a runtime
+            that only learns permutations.
+        interval: steps between updates of the topology.
+        fraction: of active weights that the first update replaces.
+        end: fraction of the training after which the topology stays.
+    """
+
+    structure: str = "block:16"
+    sparsity: float | None = None
+    permutation: str = FIXED
+    side: str = "input"
+    foldable: bool = False
+    targets: tuple[str, ...] = ()
+    method: str = "rigl"
+    interval: int = 100
+    fraction: float = 0.3
+    end: float = 0.75
+
+    def resolve(self, *, steps: int, seed: int) -> tuple[SparsitySpec | None, DSTConfig | None]:
+        """Specification and training of a run; both None if it is dense, the latter for method "none".
+
+        Raises:
+            SpecError: a value that makes no sense, or a name that does not exist.
+            TrainingConfigError: the same for what concerns training, or values that contradict each other.
+        """
+        for what, name, known in (("permutation", self.permutation, PERMUTATIONS), ("method", self.method, METHODS)):
+            if name not in known:
+                raise UnknownFieldError(what, name, known)
+        if self.structure == DENSE:
+            if self.permutation != FIXED or self.sparsity is not None:
+                raise TrainingConfigError("structure 'dense' has neither sparsity nor permutations; leave them out")
+            return None, None
+        spec = self._spec(seed)
+        if self.method != FIXED:
+            return spec, self._training(steps, seed)
+        if self.permutation in LEARNED:
+            raise TrainingConfigError(
+                f"method 'none' trains nothing but weights, so permutation {self.permutation!r} would never be learned; "
+                "method 'static' keeps the topology and learns it"
+            )
+        return spec, None
+
+    def _spec(self, seed: int) -> SparsitySpec:
+        structure = parse(self.structure)
+        fixed = structure.natural_sparsity()
+        if self.method == "magnitude" and fixed is not None:
+            raise TrainingConfigError(f"method 'magnitude' prunes step by step, and {self.structure} fixes the sparsity")
+        fields: dict[str, Any] = {"targets": self.targets} if self.targets else {}
+        spec = SparsitySpec(
+            structure=structure,
+            sparsity=_SPARSITY if self.sparsity is None and fixed is None else self.sparsity,
+            permutation="learned" if self.permutation in LEARNED else cast("PermutationKind", self.permutation),
+            permutation_side=cast("PermutationSide", self.side),
+            permutation_group="foldable" if self.foldable else "any",
+            seed=seed,
+            **fields,
+        )
+        return dataclasses.replace(spec, sparsity=0.0) if self.method == "magnitude" else spec
+
+    def _training(self, steps: int, seed: int) -> DSTConfig:
+        learned = self.permutation in LEARNED
+        final = _SPARSITY if self.sparsity is None else self.sparsity
+        return DSTConfig(
+            method=cast("Method", self.method),
+            interval=self.interval,
+            fraction=self.fraction,
+            end=self.end,
+            total_steps=steps,
+            final_sparsity=final if self.method == "magnitude" else None,
+            permutation=LearnedPermutation(method=cast("PermutationMethod", self.permutation)) if learned else None,
+            seed=seed,
+        )
