@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
 TRAINING = RESULTS / "cpu-training-layers.json"
+STEPS = RESULTS / "cpu-training.json"
 SECTIONS = (("Models", "cpu-models.json"), ("Layers", "cpu-layers.json"))
 
 
@@ -31,6 +32,8 @@ def render() -> str:
             parts.append(_section(title, json.loads(path.read_text()), path.relative_to(ROOT)))
     if TRAINING.exists():
         parts.append(_training(json.loads(TRAINING.read_text()), TRAINING.relative_to(ROOT)))
+    if STEPS.exists():
+        parts.append(_steps(json.loads(STEPS.read_text()), STEPS.relative_to(ROOT)))
     return "\n".join(parts)
 
 
@@ -51,6 +54,24 @@ def _training(data: dict[str, Any], source: Path) -> str:
     heading = _heading("Layers, forward and backward", data["machine"], source)
     columns = "| | sparse as | dense, default | sparse, random permutations | random against dense |"
     return "\n".join([heading, "", columns, "|-|-|-:|-:|-:|", *rows, ""])
+
+
+def _steps(data: dict[str, Any], source: Path) -> str:
+    rows = [
+        f"| {c['model']} ({_size(c)}) | {c['structure']}, 90 %, {c['permutation']} permutations | {c['dense']:.0f} "
+        f"| {c['sparse']:.0f} | {c['speedup']:.2f}x | {c['update_share']:.2%} | {c['hook_share']:.2%} | {c['memory']:.3f}x |"
+        for c in data["cases"]
+    ]
+    heading = _heading("Training steps, with AdamW and RigL every 100 steps", data["machine"], source)
+    columns = (
+        "| | sparse as | dense, default | sparse | sparse against dense | time in updates | time in other hooks "
+        "| weights, gradients, AdamW state of the sparse layers against dense |"
+    )
+    return "\n".join([heading, "", columns, "|-|-|-:|-:|-:|-:|-:|-:|", *rows, ""])
+
+
+def _size(case: dict[str, Any]) -> str:
+    return f"batch {case['batch']}" + (f", {case['tokens']} tokens" if case["tokens"] else "")
 
 
 def _section(title: str, data: dict[str, Any], source: Path) -> str:
