@@ -108,6 +108,8 @@ def _check(
         raise AttachError(f"attach takes a DSTConfig, got {config!r}")
     if not named:
         raise AttachError("the model has no sparse layers; call padst.sparsify(model, spec) first")
+    if not any(layer.values.requires_grad for _, layer in named):
+        raise AttachError("all sparse layers are frozen; set requires_grad on the values of those to train")
     for name, layer in named:
         if layer in _RUNTIMES:
             raise AlreadyAttachedError(
@@ -170,6 +172,8 @@ def _trained_layers(
                     raise AttachError("a parameter is held by two optimizers; give each to one")
     sharing: dict[int, list[tuple[str, PermutedSparseLinear]]] = {}
     for name, layer in named:
+        if not layer.values.requires_grad:  # frozen: it stays as it is
+            continue
         sharing.setdefault(id(layer.values), []).append((name, layer))
     layers = []
     for members in sharing.values():

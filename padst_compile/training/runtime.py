@@ -48,7 +48,7 @@ class Runtime:
     Attributes:
         config: as given.
         updates: of the topology that took place, in all layers.
-        skipped: updates left out because of NaN or infinite gradients, or because no gradient came.
+        skipped: updates left out: all because of NaN or infinite gradients, one layer's because no gradient came from it.
         last_update: what the latest update did to each layer.
         update_seconds, learning_seconds, hook_seconds: time spent in updates, in learning permutations, and in all hooks.
     """
@@ -72,6 +72,9 @@ class Runtime:
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         for number in range(len(optimizers)):
             self._listen(number)
+
+    def __repr__(self) -> str:
+        return f"Runtime({self.config.method}, step {self.step}, {len(self._members)} sparse layers, {self.updates} updates)"
 
     @property
     def step(self) -> int:
@@ -161,33 +164,31 @@ class Runtime:
         return rows.to(trained.layer.topology[0].device)
 
     def _update(self, members: Sequence[_Member], step: int) -> None:
-        problem = self._why_skip(members)
-        if problem is not None:
-            self.skipped += 1
-            _LOG.warning("step %d: topology update left out, %s (%d so far)", step, problem, self.skipped)
+        if not members:
             return
+        device = members[0].trained.layer.topology[0].device
+        wrong = [member.trained.name for member in members if not _finite(member)]
+        if self.world.any(bool(wrong), device):
+            where = repr(wrong[0]) if wrong else "a layer of another rank"
+            self._leave_out(step, f"the gradients or weights of {where} are not finite")
+            return
+        silent = self.world.add_up(torch.tensor([float(_is_silent(member)) for member in members], device=device)).tolist()
         done = []
-        for member in members:
+        for member, without_gradient in zip(members, silent, strict=True):
+            if without_gradient:
+                self._leave_out(step, f"no gradient came from layer {member.trained.name!r}, which keeps its topology")
+                continue
             if member.scores is not None and member.scores.total is not None:
                 self.world.add_up(member.scores.total)
             done.append(update_topology(Situation(member.trained, self.config, step, member.scores), self.world))
             if self.config.check_invariants:
                 check_layer(member.trained, self.world)
         self.last_update = tuple(done)
-        self.updates += 1
+        self.updates += bool(done)
 
-    def _why_skip(self, members: Sequence[_Member]) -> str | None:
-        """Why an update must not use what it has, the same on all ranks."""
-        if not members:
-            return None
-        device = members[0].trained.layer.topology[0].device
-        silent = [m.trained.name for m in members if m.scores is not None and m.scores.total is None]
-        wrong = [m.trained.name for m in members if not _finite(m)]
-        if self.world.any(bool(wrong), device):
-            return f"the gradients or weights of {wrong[0] if wrong else 'a layer of another rank'!r} are not finite"
-        if self.world.any(bool(silent), device):
-            return f"no gradient came from {silent[0] if silent else 'a layer of another rank'!r} before this step"
-        return None
+    def _leave_out(self, step: int, reason: str) -> None:
+        self.skipped += 1
+        _LOG.warning("step %d: topology update left out, %s (%d so far)", step, reason, self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside those of the model and the optimizers: tensors and plain values."""
@@ -275,10 +276,16 @@ def _gates(trained: TrainedLayer, config: DSTConfig) -> SoftTopK | None:
 
 
 def _finite(member: _Member) -> bool:
-    if member.listener is not None and member.listener.poisoned:
-        return False
+    """Whether this step's gradient and the weights are finite; steps that a GradScaler skipped before do not count."""
     values = member.trained.layer.values
+    if values.grad is None and member.listener is not None and member.listener.poisoned:
+        return False
     return all(bool(tensor.detach().isfinite().all()) for tensor in (values, values.grad) if tensor is not None)
+
+
+def _is_silent(member: _Member) -> bool:
+    """Whether a layer's gradient was asked for and never came: it was not used, or not trained."""
+    return member.scores is not None and member.scores.total is None
 
 
 def _compact(trained: TrainedLayer, alive: torch.Tensor) -> None:
