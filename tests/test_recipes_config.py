@@ -255,8 +255,9 @@ def test_checkpoints_read_back_and_run_no_code(tmp_path: Path) -> None:
 
 
 def claim(path: Path, config: TrainConfig) -> None:
-    with RunFolder(path).claimed(config):
-        pass
+    folder = RunFolder(path)
+    with folder.claimed(config):
+        folder.keep_config(config)
 
 
 def test_a_folder_belongs_to_one_configuration_and_one_process(tmp_path: Path) -> None:

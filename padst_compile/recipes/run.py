@@ -44,6 +44,7 @@ def run(config: TrainConfig, path: str | Path, reporter: Reporter | None = None)
         reporter.say(f"reading {config.data}")
         task = make_task(config)
         session = Session(config, task)
+        folder.keep_config(config)
         seconds = train(session, folder, reporter)
         save_trained(session.finish(), config, task.data, folder)
         del session

@@ -42,7 +42,7 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, config: TrainConfig) -> Iterator[None]:
-        """Work in the folder: it is made where it is missing, and belongs to `config` from then on.
+        """Work in the folder for a configuration; it is made where it is missing.
 
         Raises:
             RunFolderError: it is another run's, in use by another process, or holds other files.
@@ -62,9 +62,12 @@ class RunFolder:
             self._check_owner(config)
             for file in self._files():
                 remove_drafts(file)
-            if not self.config.exists():
-                self.write(self.config, config.to_dict())
             yield
+
+    def keep_config(self, config: TrainConfig) -> None:
+        """Give the folder to a configuration, once it is known to work."""
+        if not self.config.exists():
+            self.write(self.config, config.to_dict())
 
     def read_config(self) -> TrainConfig:
         """The configuration of the run.
