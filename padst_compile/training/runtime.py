@@ -110,6 +110,7 @@ class Runtime:
             "hook_seconds": self.hook_seconds,
         }
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer step calls it between two programs
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         number = next(i for i, own in enumerate(self._optimizers) if own is optimizer)
@@ -229,8 +230,11 @@ class Runtime:
             self._listen(number)
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != _VERSION:
-            raise ResumeError(f"this is no training state of version {_VERSION}: its version is {state.get('version')!r}")
+        missing = [name for name in ("version", "config", "steps", "updates", "skipped", "layers") if name not in state]
+        if missing:
+            raise ResumeError(f"this is no training state: it has no {', '.join(missing)}; save runtime.state_dict()")
+        if state["version"] != _VERSION:
+            raise ResumeError(f"this is no training state of version {_VERSION}: its version is {state['version']!r}")
         own = self.config.to_dict()
         for name, value in own.items():
             stored = state["config"].get(name)
