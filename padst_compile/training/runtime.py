@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from padst_compile.errors import ResumeError
 from padst_compile.structures import NM
 from padst_compile.training.collector import DenseGradient, UnitScores
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.invariants import check_layer
 from padst_compile.training.learner import PermutationLearner
 from padst_compile.training.pruning import compact, stored_mask
+from padst_compile.training.resume import VERSION, check_state
 from padst_compile.training.schedule import is_due
 from padst_compile.training.sharding import whole
 from padst_compile.training.soft_top_k import SoftTopK
@@ -25,7 +25,6 @@ from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 1
 
 
 @dataclasses.dataclass
@@ -194,7 +193,7 @@ class Runtime:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside those of the model and the optimizers: tensors and plain values."""
         return {
-            "version": _VERSION,
+            "version": VERSION,
             "config": self.config.to_dict(),
             "steps": list(self._steps),
             "updates": self.updates,
@@ -215,7 +214,7 @@ class Runtime:
         Raises:
             ResumeError: the state is of another model, specification or configuration; nothing has changed then.
         """
-        self._check_state(state)
+        check_state(state, self.config, self.layers, len(self._optimizers))
         self._steps = list(state["steps"])
         self.updates, self.skipped = state["updates"], state["skipped"]
         for member in self._members:
@@ -228,33 +227,6 @@ class Runtime:
                 member.gates.load_state_dict(stored["gates"])
         for number in range(len(self._optimizers)):
             self._listen(number)
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        missing = [name for name in ("version", "config", "steps", "updates", "skipped", "layers") if name not in state]
-        if missing:
-            raise ResumeError(f"this is no training state: it has no {', '.join(missing)}; save runtime.state_dict()")
-        if state["version"] != _VERSION:
-            raise ResumeError(f"this is no training state of version {_VERSION}: its version is {state['version']!r}")
-        own = self.config.to_dict()
-        for name, value in own.items():
-            stored = state["config"].get(name)
-            if stored != value:
-                raise ResumeError(f"the checkpoint was made with {name}={stored!r}, this runtime has {value!r}; attach with it")
-        if len(state["steps"]) != len(self._steps):
-            raise ResumeError(f"the checkpoint has {len(state['steps'])} optimizers, this runtime {len(self._steps)}")
-        layers = {member.trained.name: member.trained for member in self._members}
-        if layers.keys() != state["layers"].keys():
-            odd = sorted(layers.keys() ^ state["layers"].keys())
-            raise ResumeError(f"the checkpoint has other sparse layers than this model: they differ in {', '.join(odd[:3])}")
-        for name, layer in layers.items():
-            mine, theirs = layer.state_dict(), state["layers"][name]
-            for key in ("structure", "shape"):
-                if mine[key] != theirs[key]:
-                    raise ResumeError(f"layer {name!r} has {key} {theirs[key]} in the checkpoint and {mine[key]} here")
-            if mine["fingerprint"] != theirs["fingerprint"]:
-                raise ResumeError(
-                    f"layer {name!r} has another topology or permutation than the checkpoint; load the model's state_dict first"
-                )
 
     def finish(self) -> None:
         """See `padst.finalize`, which calls this."""
