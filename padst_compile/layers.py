@@ -166,7 +166,7 @@ class PermutedSparseLinear(nn.Module):
         output_side = self.permutation is not None and self.config.permuted == "output"
         y: torch.Tensor = structured_linear(
             x,
-            self.values if self.gate is None else self.values * self.gate,
+            self.values if self.gate is None else self.values * self.gate.to(self.values.dtype),
             list(self.topology),
             None if output_side else self.bias,
             None,

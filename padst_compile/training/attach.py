@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from padst_compile.structures import NM, Diagonal
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.learners import make_learner
 from padst_compile.training.runtime import Runtime
-from padst_compile.training.sharding import is_sharded
+from padst_compile.training.sharding import is_sharded, resharder
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
@@ -55,10 +56,13 @@ def attach(
             does not fit.
     """
     optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
-    named = list(sparse_layers(_unwrapped(model)))
+    reshard, world = resharder(model), World(process_group)
+    reshard()
+    named = list(sparse_layers(unwrapped(model)))
     _check(named, optimizers, config)
     layers = _trained_layers(named, optimizers)
-    runtime = Runtime(layers, optimizers, config, World(process_group), lambda layer: make_learner(layer, config), grad_scaler)
+    _check_ranks(layers, world)
+    runtime = Runtime(layers, optimizers, config, world, lambda layer: make_learner(layer, config), grad_scaler, reshard)
     for _, layer in named:
         _RUNTIMES[layer] = runtime
     return runtime
@@ -68,7 +72,8 @@ def finalize(model: M) -> M:
     """End the training of `attach`: permutations become hard, training state goes, pruned weights are left out.
 
     The optimizers' hooks are removed; the model is what `sparsify` would have made, ready for
-    `torch.compile(model, backend="padst")`.
+    `torch.compile(model, backend="padst")`. Of a distributed model all ranks call it; weights that are sharded stay so, and
+    those among them that were pruned keep their places, as zeros.
 
     Returns:
         `model` itself.
@@ -76,7 +81,7 @@ def finalize(model: M) -> M:
     Raises:
         NotAttachedError: no runtime trains this model.
     """
-    layers = [layer for _, layer in sparse_layers(_unwrapped(model))]
+    layers = [layer for _, layer in sparse_layers(unwrapped(model))]
     runtimes = {id(_RUNTIMES[layer]): _RUNTIMES[layer] for layer in layers if layer in _RUNTIMES}
     if not runtimes:
         raise NotAttachedError("finalize ends what padst.attach began, and nothing is attached to this model")
@@ -87,7 +92,7 @@ def finalize(model: M) -> M:
     return model
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model that the user named, inside the wrappers of compilation and distribution."""
     while True:
         inner = next((getattr(model, name) for name in _WRAPPERS if _wraps(model, name)), None)
@@ -124,6 +129,17 @@ def _check(
         raise AttachError("no layer has a permutation to learn; sparsify with permutation='learned'")
 
 
+def _check_ranks(layers: Sequence[TrainedLayer], world: World) -> None:
+    """Ranks that begin with different models would train different ones."""
+    device = layers[0].layer.topology[0].device
+    own = zlib.crc32(repr([(layer.name, layer.fingerprint()) for layer in layers]).encode())
+    if world.any(own != world.agree_on_number(own, device), device):
+        raise AttachError(
+            "the ranks' models differ in their sparse layers, topologies or permutations; "
+            "seed all ranks alike before sparsify, or wrap the model for distribution before attach"
+        )
+
+
 def _unfit(layer: PermutedSparseLinear, config: DSTConfig) -> str | None:
     """Why a layer cannot be trained so, or None."""
     structure = layer.config.structure
@@ -156,7 +172,8 @@ def _tensor_parallel(layer: PermutedSparseLinear) -> str | None:
     if odd or "tp" in names:
         how = ", ".join(map(str, placements))
         return (
-            f"is split for tensor parallelism ({how}), which would divide its units; use fully_shard or DistributedDataParallel"
+            f"is split for tensor parallelism ({how}), which would divide its units and needs gradients of its own; "
+            "leave it out of the plan, and use fully_shard (along dimension 0) or DistributedDataParallel"
         )
     return None
 

@@ -19,14 +19,16 @@ def check_layer(trained: TrainedLayer, world: World) -> None:
         InvariantError: something does not hold; the message names the layer.
     """
     layer, structure = trained.layer, trained.structure
-    problem = structure.check_topology(layer.topology, trained.shape)
+    problem = _differing_ranks(trained, world)  # first: whatever all ranks have alike, they find alike
+    if problem is None:
+        problem = structure.check_topology(layer.topology, trained.shape)
     if problem is None and layer.permutation is not None:
         try:
             permutation.check(layer.permutation, layer.permutation.numel(), trained.name)
         except InvalidPermutationError as error:
             problem = str(error)
     if problem is None:
-        problem = _wrong_zeros(trained) or _differing_ranks(trained, world)
+        problem = _wrong_zeros(trained)
     if problem is not None:
         raise InvariantError(f"layer {trained.name!r}: {problem}; this is a bug in padst_compile or a change from outside")
 
@@ -45,6 +47,7 @@ def _wrong_zeros(trained: TrainedLayer) -> str | None:
 
 
 def _differing_ranks(trained: TrainedLayer, world: World) -> str | None:
-    own = torch.tensor([trained.fingerprint()], dtype=torch.int64, device=trained.layer.topology[0].device)
-    first = world.agree(own.clone())
-    return "this rank has another topology than the first one" if int(own) != int(first) else None
+    device = trained.layer.topology[0].device
+    own = torch.tensor([trained.fingerprint()], dtype=torch.int64, device=device)
+    differs = int(own) != int(world.agree(own.clone()))
+    return "not all ranks have the same topology and permutation" if world.any(differs, device) else None

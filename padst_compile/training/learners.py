@@ -90,12 +90,10 @@ class AutoShuffleLearner:
         if self._learner is None:
             return
         self._follow_device()
-        seen, matrix = self._gradient, self._learner.matrix
-        total = torch.zeros_like(matrix) if seen.total is None else seen.total
-        if not world.any(seen.poisoned > 0, matrix.device):
-            world.add_up(total).div_(world.size * loss_scale)
+        total = world.add_up(self._gradient.sum_like(self._learner.matrix)).div_(world.size * loss_scale)
+        if bool(total.sum().isfinite()):  # alike on all ranks: NaN spreads
             self._learner.step(total, weight_at(step - 1, self._warmup, self.method.penalty_weight))
-            self._penalty = self._learner.penalty()
+            self._penalty = world.agree_on_number(self._learner.penalty(), total.device)
         if should_harden(self._penalty, step, threshold=self.method.threshold, deadline=self._deadline):
             self._harden(world)
             self.hardened_at = step
@@ -161,6 +159,12 @@ class _MatrixGradient:
             self.poisoned += 1
         else:
             self.total = gradient if self.total is None else self.total + gradient
+
+    def sum_like(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The sum in the shape of `matrix`, zeros if nothing came, NaN if anything was not finite."""
+        if self.poisoned:
+            return torch.full_like(matrix, torch.nan)
+        return torch.zeros_like(matrix) if self.total is None else self.total
 
 
 class SinkhornLearner:

@@ -14,7 +14,7 @@ _KEYS = ("version", "config", "steps", "updates", "skipped", "layers")
 
 
 def check_state(state: Mapping[str, Any], config: DSTConfig, layers: Sequence[TrainedLayer], optimizers: int) -> None:
-    """Compare a state with what it is to be loaded into.
+    """Compare a state with what it is to be loaded into, but for weights, topologies and permutations.
 
     Args:
         state: from `Runtime.state_dict`.
@@ -45,12 +45,22 @@ def check_state(state: Mapping[str, Any], config: DSTConfig, layers: Sequence[Tr
         _check_layer(layer, state["layers"][layer.name])
 
 
+def check_fingerprints(state: Mapping[str, Any], layers: Sequence[TrainedLayer]) -> None:
+    """See whether the model has the topology and permutations that the state goes with.
+
+    Raises:
+        ResumeError: it has not.
+    """
+    for layer in layers:
+        if layer.fingerprint() != state["layers"][layer.name]["fingerprint"]:
+            raise ResumeError(
+                f"layer {layer.name!r} has another topology or permutation than the checkpoint; "
+                "load the model's state_dict first"
+            )
+
+
 def _check_layer(layer: TrainedLayer, stored: Mapping[str, Any]) -> None:
     own = layer.state_dict()
     for key in ("structure", "shape"):
         if own[key] != stored[key]:
             raise ResumeError(f"layer {layer.name!r} has {key} {stored[key]} in the checkpoint and {own[key]} here")
-    if own["fingerprint"] != stored["fingerprint"]:
-        raise ResumeError(
-            f"layer {layer.name!r} has another topology or permutation than the checkpoint; load the model's state_dict first"
-        )

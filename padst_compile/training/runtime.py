@@ -16,9 +16,9 @@ from padst_compile.training.config import DSTConfig
 from padst_compile.training.invariants import check_layer
 from padst_compile.training.learner import PermutationLearner
 from padst_compile.training.pruning import compact, stored_mask
-from padst_compile.training.resume import VERSION, check_state
+from padst_compile.training.resume import VERSION, check_fingerprints, check_state
 from padst_compile.training.schedule import is_due
-from padst_compile.training.sharding import whole
+from padst_compile.training.sharding import is_sharded, local
 from padst_compile.training.soft_top_k import SoftTopK
 from padst_compile.training.topology import Situation, TopologyUpdate, needs_gradient, update_topology
 from padst_compile.training.trained_layer import TrainedLayer
@@ -60,8 +60,10 @@ class Runtime:
         world: World,
         make_learner: Callable[[TrainedLayer], PermutationLearner | None],
         grad_scaler: torch.amp.GradScaler | None = None,
+        reshard: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.world = config, world
+        self._reshard = reshard
         self._optimizers, self._grad_scaler = tuple(optimizers), grad_scaler
         self._steps = [0] * len(optimizers)
         self._members = [_Member(layer, make_learner(layer), _gates(layer, config)) for layer in layers]
@@ -112,6 +114,7 @@ class Runtime:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer step calls it between two programs
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
+        self._reshard()
         number = next(i for i, own in enumerate(self._optimizers) if own is optimizer)
         self._steps[number] += 1
         step, members = self._steps[number], self._members_of(number)
@@ -214,7 +217,8 @@ class Runtime:
         Raises:
             ResumeError: the state is of another model, specification or configuration; nothing has changed then.
         """
-        check_state(state, self.config, self.layers, len(self._optimizers))
+        self.check(state)
+        check_fingerprints(state, self.layers)
         self._steps = list(state["steps"])
         self.updates, self.skipped = state["updates"], state["skipped"]
         for member in self._members:
@@ -228,8 +232,17 @@ class Runtime:
         for number in range(len(self._optimizers)):
             self._listen(number)
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Whether `state` is of such a model and of this configuration, whatever the model's weights are now.
+
+        Raises:
+            ResumeError: it is not; the message says in what they differ.
+        """
+        check_state(state, self.config, self.layers, len(self._optimizers))
+
     def finish(self) -> None:
         """See `padst.finalize`, which calls this."""
+        self._reshard()
         for handle in self._handles:
             handle.remove()
         for member in self._members:
@@ -239,7 +252,7 @@ class Runtime:
                 member.trained.share_topology()
             if member.gates is not None:
                 member.gates.finish(self.world)
-            if member.trained.alive is not None and not isinstance(member.trained.structure, NM):  # which has fixed places
+            if member.trained.alive is not None and not _keeps_places(member.trained):
                 _compact(member.trained, member.trained.alive)
 
 
@@ -256,7 +269,7 @@ def _finite(member: _Member) -> bool:
     values = member.trained.layer.values
     if values.grad is None and member.listener is not None and member.listener.poisoned:
         return False
-    return all(bool(tensor.detach().isfinite().all()) for tensor in (values, values.grad) if tensor is not None)
+    return all(bool(local(tensor).isfinite().all()) for tensor in (values, values.grad) if tensor is not None)
 
 
 def _is_silent(member: _Member) -> bool:
@@ -264,9 +277,13 @@ def _is_silent(member: _Member) -> bool:
     return member.scores is not None and member.scores.total is None
 
 
+def _keeps_places(trained: TrainedLayer) -> bool:
+    """Whether pruned weights stay stored as zeros: N:M has fixed places, and FSDP2 a parameter that it alone replaces."""
+    return isinstance(trained.structure, NM) or is_sharded(trained.layer.values)
+
+
 def _compact(trained: TrainedLayer, alive: torch.Tensor) -> None:
     first = trained.layer
-    first.values.data = whole(first.values) if hasattr(first.values, "full_tensor") else first.values.data
     compact(first, alive)
     for layer in trained.layers[1:]:
         layer.values = first.values

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -12,6 +16,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of the tensor; asks no other rank."""
+    detached = tensor.detach()
+    own: torch.Tensor = detached.to_local() if is_sharded(tensor) else detached  # type: ignore[attr-defined]  # DTensor
+    return own
+
+
 def write(tensor: torch.Tensor, content: torch.Tensor) -> None:
     """Put `content`, the same on all ranks, into `tensor` in place; of a sharded one each rank writes its shard."""
     with torch.no_grad():
@@ -19,14 +30,29 @@ def write(tensor: torch.Tensor, content: torch.Tensor) -> None:
 
 
 def shard_like(content: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """`content`, the same on all ranks, sharded as `tensor` is."""
+    """`content`, the same on all ranks, sharded as `tensor` is; nothing is sent."""
     if not is_sharded(tensor):
         return content
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(content, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]  # DTensor
+    return distribute_tensor(content, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]  # DTensor
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether this is a DTensor; asks nothing of torch.distributed where that is not loaded."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
+
+
+def resharder(model: nn.Module) -> Callable[[], None]:
+    """A function that makes every parameter of the model a sharded one again where FSDP2 has gathered it.
+
+    A forward pass leaves the outermost module's parameters gathered, until the backward pass: as copies that no optimizer
+    holds, under the names of the sharded ones. Where nothing is gathered, or nothing sharded, the function does nothing.
+    """
+    groups: list[Any] = [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]
+
+    def reshard() -> None:
+        for module in groups:
+            module.reshard()
+
+    return reshard

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import distributed
 
 
 class World:
     """The ranks that train one model together; alone, every method returns at once.
+
+    Every method is a collective: all ranks call the same ones in the same order. The runtime does so between the backward pass,
+    whose own collectives have been issued then, and the next forward pass.
 
     Args:
         group: process group of the ranks; None for the default one, if there is any.
@@ -19,14 +24,20 @@ class World:
     @property
     def size(self) -> int:
         """Number of ranks."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return 1
-        return distributed.get_world_size(self.group)
+        return distributed.get_world_size(self.group) if _initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return distributed.get_rank(self.group) if _initialized() else 0
 
     def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over the ranks, in place."""
+        """The sum of `tensor` over the ranks, in place, bit for bit the same on all of them."""
         if self.size > 1:
-            distributed.all_reduce(tensor, group=self.group)
+            carried = tensor.contiguous()
+            distributed.all_reduce(carried, group=self.group)
+            if carried is not tensor:
+                tensor.copy_(carried)
         return tensor
 
     def agree(self, decision: torch.Tensor) -> torch.Tensor:
@@ -37,8 +48,44 @@ class World:
         distributed.broadcast(carried, group=self.group, group_src=0)
         return carried.to(decision.dtype)
 
+    def agree_on_number(self, number: float, device: torch.device) -> float:
+        """The first rank's number for all."""
+        return number if self.size == 1 else float(self.agree(torch.tensor([number], dtype=torch.float64, device=device)))
+
     def any(self, happened: bool, device: torch.device) -> bool:
         """Whether something happened on some rank."""
         if self.size == 1:
             return happened
         return bool(self.add_up(torch.tensor([float(happened)], device=device)).item() > 0)
+
+    def problem(self, own: str | None) -> str | None:
+        """What is wrong on the first rank where something is, or None; so all ranks fail, or none."""
+        if self.size == 1:
+            return own
+        found: list[str | None] = [None] * self.size
+        distributed.all_gather_object(found, own, group=self.group)
+        return next((problem for problem in found if problem is not None), None)
+
+    def on_first(self, action: Callable[[], str]) -> str:
+        """What `action` returns on the first rank, which alone runs it.
+
+        Raises:
+            OSError: it raised one; on all ranks.
+        """
+        if self.size == 1:
+            return action()
+        outcome: list[str | OSError | None] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [action()]
+            except OSError as error:
+                outcome = [error]
+        distributed.broadcast_object_list(outcome, group=self.group, group_src=0)
+        if isinstance(outcome[0], OSError):
+            raise outcome[0]
+        assert outcome[0] is not None  # the first rank has set it
+        return outcome[0]
+
+
+def _initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
