@@ -10,7 +10,7 @@ import torch
 
 from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
-from padst_compile.kernels.diagonal.blocks import block_size, block_tables
+from padst_compile.kernels.diagonal.blocks import BlockTables, block_size, block_tables
 from padst_compile.kernels.diagonal.transpose import transpose as diagonal_transpose
 from padst_compile.kernels.formats import format_of, register_format
 from padst_compile.kernels.native.tiles import token_tile
@@ -108,9 +108,7 @@ def forward(
     """`padst::structured_linear`, see there."""
     if _fold_now(structure, Shape(out_features, x.shape[-1]), x):
         tables = block_tables(structure, topology, Shape(out_features, x.shape[-1]))
-        into, out = tables.input_permutation, tables.output_permutation
-        into = into if input_permutation is None else compose(input_permutation, into)
-        out = out if output_permutation is None else compose(out, output_permutation)
+        into, out = _around_blocks(tables, input_permutation, output_permutation)
         return forward(tables.structure, x, tables.blocks(values), tables.topology, bias, into, out, out_features)
     kernel = kernel_for(structure, x.device, x.dtype)
     if kernel != "aten":
@@ -129,47 +127,83 @@ def forward(
 
 
 def input_gradient(
-    structure: Structure, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int
+    structure: Structure,
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    topology: Topology,
+    in_features: int,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`grad @ S` for `grad` [tokens, out]."""
+    """`padst::structured_input_gradient` for `grad` [tokens, out], see there."""
     if _fold_now(structure, shape := Shape(grad.shape[1], in_features), grad):
         tables = block_tables(structure, topology, shape)
-        transposed, blocks, index = block_aten.transpose(
-            tables.structure, tables.blocks(values), tables.topology, shape.out_features, in_features
-        )
-        around = inverse(tables.output_permutation), inverse(tables.input_permutation)
-        return forward(transposed, grad, blocks, index, None, *around, in_features)
+        into, out = _around_blocks(tables, input_permutation, output_permutation)
+        return input_gradient(tables.structure, grad, tables.blocks(values), tables.topology, in_features, into, out)
+    before, behind = _inverse(output_permutation), _inverse(input_permutation)
     product = triton_product(structure, grad.device, grad.dtype)
-    if product is not None:
-        return product.input_gradient(structure, grad, values, topology, in_features)
-    if isinstance(structure, Block) and has_native_kernel(structure, grad.device, grad.dtype):
-        # S.T is block-sparse too: the forward kernel on the transposed blocks.
-        transposed, blocks, index = block_aten.transpose(structure, values, topology, grad.shape[1], in_features)
-        return forward(transposed, grad, blocks, index, None, None, None, in_features)
-    if isinstance(structure, Diagonal) and _beats_dense(structure, grad):
-        turned, offsets = diagonal_transpose(values, topology, shape)
-        return forward(Diagonal(), grad, turned, offsets, None, None, None, in_features)
-    if isinstance(structure, NM) and _beats_dense(structure, grad):
-        sizes = in_features, *native_sizes(structure)
-        return torch.ops.padst_native.nm_input_gradient(grad, values, *topology, *sizes)  # type: ignore[no-any-return]  # a tensor
-    return format_of(structure).input_gradient(structure, grad, values, topology, in_features)
+    if product is None and has_native_kernel(structure, grad.device, grad.dtype):
+        # S.T is block-sparse, or a matrix of diagonals, like S: the forward kernel on the transpose.
+        if isinstance(structure, Block):
+            transposed, blocks, index = block_aten.transpose(structure, values, topology, grad.shape[1], in_features)
+            return forward(transposed, grad, blocks, index, None, before, behind, in_features)
+        if isinstance(structure, Diagonal) and _beats_dense(structure, grad):
+            turned, offsets = diagonal_transpose(values, topology, shape)
+            return forward(Diagonal(), grad, turned, offsets, None, before, behind, in_features)
+        if isinstance(structure, NM) and _beats_dense(structure, grad):
+            around = in_features, *native_sizes(structure), before, behind
+            return torch.ops.padst_native.nm_input_gradient(grad, values, *topology, *around)  # type: ignore[no-any-return]  # a tensor
+    gradient = (format_of(structure) if product is None else product).input_gradient(
+        structure, _permuted(grad, before), values, topology, in_features
+    )
+    return _permuted(gradient, behind)
 
 
 def value_gradient(
-    structure: Structure, grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Topology
+    structure: Structure,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    topology: Topology,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The active entries of `grad.T @ x` for `grad` [tokens, out] and `x` [tokens, in]."""
+    """`padst::structured_value_gradient` for `grad` [tokens, out] and `x` [tokens, in], see there."""
     if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x):
         tables = block_tables(structure, topology, shape)
-        grad, x = grad.index_select(1, inverse(tables.output_permutation)), x.index_select(1, tables.input_permutation)
-        gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology)
+        into, out = _around_blocks(tables, input_permutation, output_permutation)
+        gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology, into, out)
         return tables.diagonals(gradient).reshape(values.shape)
     product = triton_product(structure, grad.device, grad.dtype)
-    if product is not None:
-        return product.value_gradient(structure, grad, x, values, topology)
-    if x.dtype == grad.dtype and _beats_dense(structure, grad):
-        return _native_value_gradient(structure, grad, x, topology).to(values.dtype)
-    return format_of(structure).value_gradient(structure, grad, x, values, topology)
+    if product is None and x.dtype == grad.dtype and _beats_dense(structure, grad):
+        around = input_permutation, output_permutation
+        return _native_value_gradient(structure, grad, x, topology, *around).to(values.dtype)
+    grad, x = in_own_order(grad, x, input_permutation, output_permutation)
+    return (format_of(structure) if product is None else product).value_gradient(structure, grad, x, values, topology)
+
+
+def in_own_order(
+    grad: torch.Tensor, x: torch.Tensor, input_permutation: torch.Tensor | None, output_permutation: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grad` [tokens, out] and `x` [tokens, in] of a layer in the order of the rows and columns of its S."""
+    return _permuted(grad, _inverse(output_permutation)), _permuted(x, input_permutation)
+
+
+def _permuted(x: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
+    return x if indices is None else gather_features(x, indices)
+
+
+def _inverse(permutation: torch.Tensor | None) -> torch.Tensor | None:
+    return None if permutation is None else inverse(permutation)
+
+
+def _around_blocks(
+    tables: BlockTables, input_permutation: torch.Tensor | None, output_permutation: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The permutations of the block product that stands for diagonals: those of the layer and those of the folding."""
+    into, out = tables.input_permutation, tables.output_permutation
+    into = into if input_permutation is None else compose(input_permutation, into)
+    return into, out if output_permutation is None else compose(out, output_permutation)
 
 
 def _beats_dense(structure: Structure, grad: torch.Tensor) -> bool:
@@ -179,15 +213,21 @@ def _beats_dense(structure: Structure, grad: torch.Tensor) -> bool:
     return isinstance(structure, Block) or not (grad.dtype == torch.bfloat16 and native.interleaves(torch.bfloat16))
 
 
-def _native_value_gradient(structure: Structure, grad: torch.Tensor, x: torch.Tensor, topology: Topology) -> torch.Tensor:
+def _native_value_gradient(
+    structure: Structure,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    topology: Topology,
+    *around: torch.Tensor | None,
+) -> torch.Tensor:
     ops = torch.ops.padst_native
     match structure:
         case Block():
-            gradient = ops.block_value_gradient(grad, x, *topology, structure.rows, structure.columns)
+            gradient = ops.block_value_gradient(grad, x, *topology, structure.rows, structure.columns, *around)
         case NM():
-            gradient = ops.nm_value_gradient(grad, x, *topology, structure.n, structure.m, structure.vector)
+            gradient = ops.nm_value_gradient(grad, x, *topology, structure.n, structure.m, structure.vector, *around)
         case _:
-            gradient = ops.diagonal_value_gradient(grad, x, *topology)
+            gradient = ops.diagonal_value_gradient(grad, x, *topology, *around)
     return gradient  # type: ignore[no-any-return]  # a tensor
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from padst_compile.kernels import dispatch, gradient_tap
-from padst_compile.permutation import inverse
 from padst_compile.structures import Shape, parse
 
 
@@ -64,36 +63,90 @@ def _structured_linear_fake(
 
 @torch.library.custom_op("padst::structured_input_gradient", mutates_args=())
 def structured_input_gradient(
-    grad: torch.Tensor, values: torch.Tensor, topology: Sequence[torch.Tensor], in_features: int, structure: str
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    topology: Sequence[torch.Tensor],
+    in_features: int,
+    structure: str,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`grad @ S`: `[..., out_features]` -> `[..., in_features]`."""
+    """The gradient of the inputs of `structured_linear`: `permute(permute(grad, inverse(out)) @ S, inverse(in))`.
+
+    Args:
+        grad: `[..., out_features]`, of the outputs.
+        values: as for `structured_linear`.
+        topology: as for `structured_linear`.
+        in_features: columns of S.
+        structure: as for `structured_linear`.
+        input_permutation: that of `structured_linear`, int32 `[in_features]` or None.
+        output_permutation: that of `structured_linear`, int32 `[out_features]` or None.
+
+    Returns:
+        `[..., in_features]` in the dtype of `grad`.
+    """
     rows = grad.reshape(-1, grad.shape[-1])
-    gradient = dispatch.input_gradient(parse(structure), rows, values, tuple(topology), in_features)
+    around = input_permutation, output_permutation
+    gradient = dispatch.input_gradient(parse(structure), rows, values, tuple(topology), in_features, *around)
     return gradient.reshape(*grad.shape[:-1], in_features)
 
 
 @structured_input_gradient.register_fake
 def _structured_input_gradient_fake(
-    grad: torch.Tensor, values: torch.Tensor, topology: Sequence[torch.Tensor], in_features: int, structure: str
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    topology: Sequence[torch.Tensor],
+    in_features: int,
+    structure: str,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 @torch.library.custom_op("padst::structured_value_gradient", mutates_args=())
 def structured_value_gradient(
-    grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Sequence[torch.Tensor], structure: str
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    topology: Sequence[torch.Tensor],
+    structure: str,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The active entries of `grad.T @ x`, packed like `values`; `grad` is `[..., out]`, `x` is `[..., in]`."""
+    """The gradient of `values`: the active entries of `permute(grad, inverse(out)).T @ permute(x, in)`, packed like them.
+
+    Args:
+        grad: `[..., out_features]`, of the outputs of `structured_linear`.
+        x: `[..., in_features]`, its inputs.
+        values: the packed weights.
+        topology: as for `structured_linear`.
+        structure: as for `structured_linear`.
+        input_permutation: that of `structured_linear`, int32 `[in_features]` or None.
+        output_permutation: that of `structured_linear`, int32 `[out_features]` or None.
+
+    Returns:
+        In the shape and dtype of `values`.
+    """
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     listener = gradient_tap.listener_of(topology)
-    if listener is not None:
+    if listener is not None:  # it hears of S alone, so the permutations are undone before
+        rows, inputs = dispatch.in_own_order(rows, inputs, input_permutation, output_permutation)
+        input_permutation = output_permutation = None
         listener.products(rows, inputs)
-    return dispatch.value_gradient(parse(structure), rows, inputs, values, tuple(topology))
+    around = input_permutation, output_permutation
+    return dispatch.value_gradient(parse(structure), rows, inputs, values, tuple(topology), *around)
 
 
 @structured_value_gradient.register_fake
 def _structured_value_gradient_fake(
-    grad: torch.Tensor, x: torch.Tensor, values: torch.Tensor, topology: Sequence[torch.Tensor], structure: str
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    topology: Sequence[torch.Tensor],
+    structure: str,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return values.new_empty(values.shape)
 
@@ -140,16 +193,12 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     ops = torch.ops.padst
     need_x, need_values, _, need_bias = ctx.needs_input_grad[:4]
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if need_bias else None
-    if output_permutation is not None:
-        grad = ops.permute(grad, inverse(output_permutation))
+    around = input_permutation, output_permutation
     grad_x = grad_values = None
     if need_x:
-        grad_x = ops.structured_input_gradient(grad, values, topology, x.shape[-1], ctx.structure)
-        if input_permutation is not None:
-            grad_x = ops.permute(grad_x, inverse(input_permutation))
+        grad_x = ops.structured_input_gradient(grad, values, topology, x.shape[-1], ctx.structure, *around)
     if need_values:
-        inputs = x if input_permutation is None else ops.permute(x, input_permutation)
-        grad_values = ops.structured_value_gradient(grad, inputs, values, topology, ctx.structure)
+        grad_values = ops.structured_value_gradient(grad, x, values, topology, ctx.structure, *around)
     return grad_x, grad_values, [None] * len(topology), grad_bias, None, None, None, None
 
 

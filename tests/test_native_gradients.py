@@ -12,6 +12,7 @@ from padst_compile.kernels.diagonal.transpose import transpose
 from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+AROUND = ((True, False), (False, True), (True, True))  # which of the permutations there are
 SHAPES = (Shape(64, 96), Shape(33, 131), Shape(131, 33), Shape(7, 300))
 
 needs_blocks = pytest.mark.skipif(
@@ -27,29 +28,44 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def table(features: int) -> torch.Tensor:
+    return torch.randperm(features).int()
+
+
 def size(shape: Shape) -> tuple[int, int]:
     return shape.out_features, shape.in_features
 
 
-def block_gradient(structure: Block, grad: torch.Tensor, x: torch.Tensor, topology: Topology) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.padst_native.block_value_gradient(grad, x, *topology, structure.rows, structure.columns)
+def block_gradient(
+    structure: Block, grad: torch.Tensor, x: torch.Tensor, topology: Topology, *around: torch.Tensor | None
+) -> torch.Tensor:
+    sides = structure.rows, structure.columns
+    result: torch.Tensor = torch.ops.padst_native.block_value_gradient(grad, x, *topology, *sides, *around)
     return result
 
 
-def value_gradient(structure: Structure, grad: torch.Tensor, x: torch.Tensor, topology: Topology) -> torch.Tensor:
+def value_gradient(
+    structure: Structure, grad: torch.Tensor, x: torch.Tensor, topology: Topology, *around: torch.Tensor | None
+) -> torch.Tensor:
     ops = torch.ops.padst_native
     if isinstance(structure, Block):
-        return block_gradient(structure, grad, x, topology)
+        return block_gradient(structure, grad, x, topology, *around)
     if isinstance(structure, NM):
-        return ops.nm_value_gradient(grad, x, *topology, structure.n, structure.m, structure.vector)  # type: ignore[no-any-return]
-    return ops.diagonal_value_gradient(grad, x, *topology)  # type: ignore[no-any-return]
+        pattern = structure.n, structure.m, structure.vector
+        return ops.nm_value_gradient(grad, x, *topology, *pattern, *around)  # type: ignore[no-any-return]
+    return ops.diagonal_value_gradient(grad, x, *topology, *around)  # type: ignore[no-any-return]
 
 
-def check(structure: Structure, shape: Shape, dtype: torch.dtype, tokens: int) -> None:
+def check(
+    structure: Structure, shape: Shape, dtype: torch.dtype, tokens: int, *, into: bool = False, out: bool = False
+) -> None:
     """Within the error bound of a float32 dot product over the tokens (Higham, section 3.1) and one rounding to the dtype."""
     topology = structure.choose(torch.rand(size(shape)), 0.5)
     grad, x = torch.randn(tokens, shape.out_features).to(dtype), torch.randn(tokens, shape.in_features).to(dtype)
-    found = value_gradient(structure, grad, x, topology)
+    tables = table(shape.in_features) if into else None, table(shape.out_features) if out else None
+    found = value_gradient(structure, grad, x, topology, *tables)
+    x = x if tables[0] is None else x[:, tables[0].long()]
+    grad = grad if tables[1] is None else grad[:, tables[1].long().argsort()]
     exact = structure.pack(grad.double().T @ x.double(), topology)
     magnitude = structure.pack(grad.double().abs().T @ x.double().abs(), topology)
     unit = torch.finfo(torch.float32).eps / 2
@@ -78,6 +94,17 @@ def test_the_gradient_of_block_values(structure: Block, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("tokens", [255, 256, 257, 600])
 def test_more_tokens_than_a_tile_holds(dtype: torch.dtype, tokens: int) -> None:
     check(Block(16), Shape(48, 40), dtype, tokens)
+
+
+@needs_blocks
+@pytest.mark.usefixtures("poisoned_memory", "threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", [Block(16), Block((5, 7))], ids=lambda s: s.to_string())
+@pytest.mark.parametrize(("into", "out"), AROUND)
+def test_the_gradient_of_block_values_between_permutations(structure: Block, dtype: torch.dtype, into: bool, out: bool) -> None:
+    for shape in SHAPES:
+        for tokens in (0, 1, 33, 257):
+            check(structure, shape, dtype, tokens, into=into, out=out)
 
 
 @needs_blocks
@@ -117,6 +144,29 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.padst_native.block_value_gradient.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@needs_blocks
+def test_opcheck_between_permutations() -> None:
+    structure = Block(8)
+    topology = structure.choose(torch.rand(24, 16), 0.5)
+    arguments = (torch.randn(5, 24), torch.randn(5, 16), *topology, 8, 8, table(16), table(24))
+    torch.library.opcheck(
+        torch.ops.padst_native.block_value_gradient.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_blocks
+@pytest.mark.parametrize("structure", [Block(2), NM(1, 4), Diagonal()], ids=lambda s: s.to_string())
+def test_wrong_permutations_are_refused(structure: Structure) -> None:
+    grad, x = torch.randn(5, 8), torch.randn(5, 8)
+    topology, right = structure.choose(torch.rand(8, 8), 0.75), table(8)
+    twice, beyond = torch.zeros(8, dtype=torch.int32), torch.arange(1, 9).int()
+    wrong = {"occurs twice": twice, "index outside": beyond, "7 entries for 8": table(7), "must be int32": right.long()}
+    for message, indices in wrong.items():
+        for side, around in (("input", (indices, right)), ("output", (right, indices))):
+            with pytest.raises(RuntimeError, match=f"{side}_permutation.*{message}"):
+                value_gradient(structure, grad, x, topology, *around)
 
 
 @needs_blocks
@@ -186,6 +236,19 @@ def test_the_gradient_of_values_of_short_rows(structure: Structure, dtype: torch
 @needs_native
 @pytest.mark.usefixtures("poisoned_memory", "threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", ROWS, ids=lambda s: s.to_string())
+@pytest.mark.parametrize(("into", "out"), AROUND)
+def test_the_gradient_of_values_of_short_rows_between_permutations(
+    structure: Structure, dtype: torch.dtype, into: bool, out: bool
+) -> None:
+    for shape in sizes(structure):
+        for tokens in (1, 65):
+            check(structure, shape, dtype, tokens, into=into, out=out)
+
+
+@needs_native
+@pytest.mark.usefixtures("poisoned_memory", "threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("structure", [s for s in ROWS if isinstance(s, NM)], ids=lambda s: s.to_string())
 def test_the_gradient_of_an_n_m_layers_inputs(structure: NM, dtype: torch.dtype) -> None:
     """Whole numbers, on which float32 is exact, and 16-bit floats are after one rounding."""
@@ -199,6 +262,9 @@ def test_the_gradient_of_an_n_m_layers_inputs(structure: NM, dtype: torch.dtype)
             found = torch.ops.padst_native.nm_input_gradient(*arguments)
             dense = structure.unpack(values, topology, shape).float()
             assert torch.equal(found, (grad.float() @ dense).to(dtype))
+            before, behind = table(shape.out_features), table(shape.in_features)
+            found = torch.ops.padst_native.nm_input_gradient(*arguments, before, behind)
+            assert torch.equal(found, (grad[..., before.long()].float() @ dense)[..., behind.long()].to(dtype))
 
 
 @needs_native

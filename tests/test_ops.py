@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from padst_compile.kernels import dispatch, gradient_tap
 from padst_compile.kernels.block.reference import block_linear
 from padst_compile.kernels.diagonal.reference import diagonal_linear
 from padst_compile.kernels.nm.reference import nm_linear
@@ -88,6 +90,32 @@ class Problem:
         """Gradients of `y` along `direction` for input, values and bias."""
         inputs = [x, self.values] + ([] if self.bias is None else [self.bias])
         return torch.autograd.grad(y, inputs, direction)
+
+
+class Heard:
+    """A listener that forms the dense gradients it is told of."""
+
+    def __init__(self) -> None:
+        self.dense: list[torch.Tensor] = []
+
+    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        self.dense.append(grad.T @ x)
+
+    def weight(self, gradient: torch.Tensor) -> None:
+        self.dense.append(gradient)
+
+
+class Recorded(TorchDispatchMode):
+    """Names of all operators that run, with the elements of what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.results.append((str(func), result.numel() if isinstance(result, torch.Tensor) else 0))
+        return result
 
 
 def problem(
@@ -330,9 +358,47 @@ def test_the_gradient_and_conversion_operators_are_sound(structure: Structure, s
     x = torch.randn(2, 3, shape.in_features)
     torch.library.opcheck(ops.structured_input_gradient.default, (grad, values, topology, shape.in_features, name))
     torch.library.opcheck(ops.structured_value_gradient.default, (grad, x, values, topology, name))
+    around = product.into, product.out
+    torch.library.opcheck(ops.structured_input_gradient.default, (grad, values, topology, shape.in_features, name, *around))
+    torch.library.opcheck(ops.structured_value_gradient.default, (grad, x, values, topology, name, *around))
     torch.library.opcheck(ops.to_dense.default, (product.values, topology, *size, name))
     for weight in (torch.randn(size), torch.randn(size[::-1]).T):
         torch.library.opcheck(ops.to_values.default, (weight, topology, values, name))
+
+
+@pytest.mark.parametrize("structure", [Block(16), NM(1, 4), Diagonal()], ids=lambda s: s.to_string())
+def test_native_gradients_move_permuted_activations_inside_the_kernels(structure: Structure) -> None:
+    product = problem(structure, Shape(32, 48), torch.float32, bias=False)
+    if not dispatch.has_native_kernel(structure, product.values.device, torch.float32):
+        pytest.skip(f"no native kernel for {structure.kind}")
+    x, grad = torch.randn(40, 48), torch.randn(40, 32)
+    arguments = product.values.detach(), product.topology
+    with Recorded() as called:
+        dispatch.input_gradient(structure, grad, *arguments, 48, product.into, product.out)
+        dispatch.value_gradient(structure, grad, x, *arguments, product.into, product.out)
+    # what is as large as the activations; index tensors and blocks of weights are reordered by ATen
+    moved = [name for name, elements in called.results if elements >= 40 * 32 and ("permute" in name or "index" in name)]
+    assert moved == []
+    assert any("value_gradient" in name for name, _ in called.results)
+
+
+@some_cases
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_listener_hears_the_gradient_of_s_itself(structure: Structure, shape: Shape, dtype: torch.dtype) -> None:
+    product, heard = problem(structure, shape, dtype, bias=False), Heard()
+    x = inputs(shape, 2, 5, dtype=dtype)
+    direction = numbers(2, 5, shape.out_features, whole=True).to(dtype)
+    unheard = product.gradients(product(x), x, direction)
+    gradient_tap.listen(product.topology[0], heard)
+    try:
+        gradients = product.gradients(product(x), x, direction)
+    finally:
+        gradient_tap.forget(product.topology[0])
+    assert all(map(torch.equal, gradients, unheard))
+    assert torch.equal(structure.pack(heard.dense[0], product.topology), unheard[1])
+    weight = structure.unpack(product.values, product.topology, shape).detach().requires_grad_()
+    dense = linear(x.detach()[..., product.into.long()], weight)[..., product.out.long()]  # type: ignore[union-attr]
+    assert torch.equal(heard.dense[0], *torch.autograd.grad(dense, [weight], direction))
 
 
 def test_the_gradient_operators_take_inputs_that_are_not_contiguous() -> None:

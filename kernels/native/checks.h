@@ -54,6 +54,28 @@ inline std::vector<int32_t> inverse_permutation(const int32_t* table, int64_t si
   return target;
 }
 
+// The table of an optional permutation and its inverse, which says where every feature goes; nullptr for the identity.
+class PermutationTables {
+ public:
+  PermutationTables(const OptionalTensor& permutation, int64_t size, const char* name)
+      : table_(permutation_pointer(permutation, size, name)) {
+    if (table_ != nullptr) {
+      inverse_ = inverse_permutation(table_, size, name);
+    }
+  }
+
+  const int32_t* table() const {
+    return table_;
+  }
+  const int32_t* inverse() const {
+    return table_ != nullptr ? inverse_.data() : nullptr;
+  }
+
+ private:
+  const int32_t* table_;
+  std::vector<int32_t> inverse_;
+};
+
 inline void check_operands(const at::Tensor& x, const at::Tensor& values, int64_t out_features) {
   TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "x must be [..., in_features], got ", x.sizes());
   TORCH_CHECK(out_features > 0, "out_features must be positive, got ", out_features);

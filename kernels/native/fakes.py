@@ -51,7 +51,14 @@ def _fake_block_linear(
 
 
 def _fake_block_value_gradient(
-    grad: torch.Tensor, x: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, block_rows: int, block_columns: int
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    row_pointers: torch.Tensor,
+    columns: torch.Tensor,
+    block_rows: int,
+    block_columns: int,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((columns.shape[0], block_columns, block_rows))
 
@@ -91,16 +98,36 @@ def _fake_diagonal_linear(
 
 
 def _fake_nm_input_gradient(
-    grad: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, in_features: int, n: int, m: int
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    in_features: int,
+    n: int,
+    m: int,
+    grad_permutation: torch.Tensor | None = None,
+    result_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _fake_nm_value_gradient(
-    grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, n: int, m: int, vector: int
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    n: int,
+    m: int,
+    vector: int,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((*offsets.shape, vector))
 
 
-def _fake_diagonal_value_gradient(grad: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _fake_diagonal_value_gradient(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
+) -> torch.Tensor:
     return x.new_empty((offsets.shape[0], min(grad.shape[1], x.shape[1])))

@@ -31,10 +31,11 @@ at::Tensor block_linear(
     const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
     const std::optional<at::Tensor>& residual, int64_t token_tile);
 
-// The gradient of the values of block_linear: grad [tokens, out_features], x [tokens, in_features], permuted like S.
+// The gradient of the values of block_linear: grad [tokens, out_features], x [tokens, in_features], and its permutations.
 at::Tensor block_value_gradient(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& row_pointers, const at::Tensor& columns, int64_t block_rows,
-    int64_t block_columns);
+    int64_t block_columns, const std::optional<at::Tensor>& input_permutation,
+    const std::optional<at::Tensor>& output_permutation);
 
 // Tokens in a panel. The two kernels below can leave their activations to each other in feature-major panels, see panels.h:
 // panels_of says that x is such, of tokens with these sizes; to_panels asks for such a result.
@@ -47,11 +48,16 @@ at::Tensor nm_linear(
     int64_t out_features, int64_t n, int64_t m, std::string_view activation, const std::optional<at::Tensor>& residual,
     at::OptionalIntArrayRef panels_of, bool to_panels);
 
-// grad S for such an S, and the gradient of its values; grad [.., out_features], x [tokens, in_features].
+// permute_result(permute_grad(grad) S) for such an S, grad [.., out_features]: undoing the permutations of nm_linear takes their
+// inverses.
 at::Tensor nm_input_gradient(
-    const at::Tensor& grad, const at::Tensor& values, const at::Tensor& offsets, int64_t in_features, int64_t n, int64_t m);
+    const at::Tensor& grad, const at::Tensor& values, const at::Tensor& offsets, int64_t in_features, int64_t n, int64_t m,
+    const std::optional<at::Tensor>& grad_permutation, const std::optional<at::Tensor>& result_permutation);
+
+// The gradient of the values of nm_linear: grad [tokens, out_features], x [tokens, in_features], and its permutations.
 at::Tensor nm_value_gradient(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& offsets, int64_t n, int64_t m, int64_t vector);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& offsets, int64_t n, int64_t m, int64_t vector,
+    const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation);
 
 // S as wrapped diagonals: offsets [diagonals] ascending, values [diagonals, min(in, out)].
 at::Tensor diagonal_linear(
@@ -60,8 +66,10 @@ at::Tensor diagonal_linear(
     int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual,
     at::OptionalIntArrayRef panels_of, bool to_panels);
 
-// The gradient of its values; grad [tokens, out_features], x [tokens, in_features]. That of x is the product with S.T, which
-// is a matrix of diagonals too.
-at::Tensor diagonal_value_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& offsets);
+// The gradient of its values; grad [tokens, out_features], x [tokens, in_features], and its permutations. That of x is the
+// product with S.T, which is a matrix of diagonals too.
+at::Tensor diagonal_value_gradient(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& offsets, const std::optional<at::Tensor>& input_permutation,
+    const std::optional<at::Tensor>& output_permutation);
 
 }  // namespace padst

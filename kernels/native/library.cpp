@@ -21,8 +21,8 @@ TORCH_LIBRARY(padst_native, m) {
       "Tensor? residual=None, int token_tile=0) -> Tensor",
       tags);
   m.def(
-      "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns) -> "
-      "Tensor",
+      "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns, "
+      "Tensor? input_permutation=None, Tensor? output_permutation=None) -> Tensor",
       tags);
   m.def(
       "nm_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
@@ -34,9 +34,18 @@ TORCH_LIBRARY(padst_native, m) {
       "Tensor? output_permutation, int out_features, str activation=\"none\", Tensor? residual=None, "
       "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
       tags);
-  m.def("nm_input_gradient(Tensor grad, Tensor values, Tensor offsets, int in_features, int n, int m) -> Tensor", tags);
-  m.def("nm_value_gradient(Tensor grad, Tensor x, Tensor offsets, int n, int m, int vector) -> Tensor", tags);
-  m.def("diagonal_value_gradient(Tensor grad, Tensor x, Tensor offsets) -> Tensor", tags);
+  m.def(
+      "nm_input_gradient(Tensor grad, Tensor values, Tensor offsets, int in_features, int n, int m, "
+      "Tensor? grad_permutation=None, Tensor? result_permutation=None) -> Tensor",
+      tags);
+  m.def(
+      "nm_value_gradient(Tensor grad, Tensor x, Tensor offsets, int n, int m, int vector, Tensor? input_permutation=None, "
+      "Tensor? output_permutation=None) -> Tensor",
+      tags);
+  m.def(
+      "diagonal_value_gradient(Tensor grad, Tensor x, Tensor offsets, Tensor? input_permutation=None, "
+      "Tensor? output_permutation=None) -> Tensor",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(padst_native, CPU, m) {

@@ -8,6 +8,8 @@
 // more than they save: rows are gathered one by one.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -160,5 +162,19 @@ class PackedGather {
 };
 
 #endif
+
+// Tokens [tokens, features] -> target, in rows `stride` apart: target[t][j] = source[t][table[j]].
+template <typename T>
+void gather_rows(const T* source, int64_t features, int64_t tokens, const int32_t* table, T* target, int64_t stride) {
+  constexpr int64_t kGroup = PackedGather<T>::kRows;
+  at::parallel_for(0, ceil_div(tokens, kGroup), 8, [&](int64_t begin, int64_t end) {
+    PackedGather<T> words(table, features);
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kGroup, count = std::min(kGroup, tokens - first);
+      words.pack(source + first * features, features, count);
+      words.unpack({0, features}, target + first * stride, stride, count);
+    }
+  });
+}
 
 }  // namespace padst

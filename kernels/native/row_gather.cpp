@@ -354,14 +354,15 @@ at::Tensor nm_linear(
 }
 
 at::Tensor nm_input_gradient(
-    const at::Tensor& grad_in, const at::Tensor& values_in, const at::Tensor& offsets, int64_t in_features, int64_t n, int64_t m) {
+    const at::Tensor& grad_in, const at::Tensor& values_in, const at::Tensor& offsets, int64_t in_features, int64_t n, int64_t m,
+    const OptionalTensor& grad_permutation, const OptionalTensor& result_permutation) {
   check_operands(grad_in, values_in, in_features);
   TORCH_CHECK(row_gather_supports(grad_in.scalar_type()), "nm_input_gradient has no native kernel for ", grad_in.scalar_type());
   const Layout layout(grad_in, std::nullopt, false);
   const at::Tensor grad = grad_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const NmMatrix s = describe(in_features, values, offsets, layout.in_features(), n, m);
   const EpilogueOperands epilogue(grad, layout.output_sizes(in_features), in_features, std::nullopt, "none", std::nullopt);
-  return dispatch(NmTransposed(s), grad, layout, epilogue, std::nullopt, std::nullopt);
+  return dispatch(NmTransposed(s), grad, layout, epilogue, grad_permutation, result_permutation);
 }
 
 at::Tensor diagonal_linear(

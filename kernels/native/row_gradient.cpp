@@ -2,6 +2,7 @@
 //
 // Tokens are taken in tiles, turned feature-major: a weight's gradient is then the inner product of two rows. A row of one side
 // stays in registers while it meets the rows of the other that its weights read; those are taken in chunks that stay in L1.
+// Turning them absorbs the permutations.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
@@ -105,16 +106,25 @@ struct DiagonalPattern {
   }
 };
 
-// rows [tokens, row_count], others [tokens, other_count]: the two sides of the weights.
+// One side of the weights: tokens [tokens, features], in which feature f is row target[f] of S, or row f without a table.
+struct Side {
+  const at::Tensor& tokens;
+  const int32_t* target;
+
+  int64_t features() const {
+    return tokens.size(1);
+  }
+};
+
 template <typename T, typename P>
-void accumulate(const P& pattern, const at::Tensor& rows, const at::Tensor& others, float* values) {
-  const int64_t tokens = rows.size(0), row_count = rows.size(1), other_count = others.size(1);
+void accumulate(const P& pattern, const Side& rows, const Side& others, float* values) {
+  const int64_t tokens = rows.tokens.size(0), row_count = rows.features(), other_count = others.features();
   const int64_t chunk = std::max<int64_t>(1, kChunk / pattern.chunk_step()) * pattern.chunk_step();
-  TransposedTile<T, float> row_tile(row_count, kTile), other_tile(other_count, kTile);
+  TransposedTile<T, float> row_tile(row_count, kTile, rows.target), other_tile(other_count, kTile, others.target);
   for (int64_t first = 0; first < tokens; first += kTile) {
     const int64_t count = std::min(kTile, tokens - first);
-    row_tile.load(rows.const_data_ptr<T>() + first * row_count, count, kTile);
-    other_tile.load(others.const_data_ptr<T>() + first * other_count, count, kTile);
+    row_tile.load(rows.tokens.const_data_ptr<T>() + first * row_count, count, kTile);
+    other_tile.load(others.tokens.const_data_ptr<T>() + first * other_count, count, kTile);
     at::parallel_for(0, row_count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t from = 0; from < other_count; from += chunk) {
         const Range part{from, std::min(from + chunk, other_count)};
@@ -130,36 +140,45 @@ void accumulate(const P& pattern, const at::Tensor& rows, const at::Tensor& othe
 }
 
 template <typename P>
-at::Tensor gradient(const P& pattern, const at::Tensor& rows, const at::Tensor& others, at::IntArrayRef sizes) {
-  at::Tensor values = at::zeros(sizes, rows.options().dtype(at::kFloat));
-  const auto kernel = rows.scalar_type() == at::kFloat ? accumulate<float, P>
-      : rows.scalar_type() == at::kBFloat16            ? accumulate<at::BFloat16, P>
-                                                       : accumulate<at::Half, P>;
+at::Tensor gradient(const P& pattern, const Side& rows, const Side& others, at::IntArrayRef sizes) {
+  const at::ScalarType dtype = rows.tokens.scalar_type();
+  at::Tensor values = at::zeros(sizes, rows.tokens.options().dtype(at::kFloat));
+  const auto kernel = dtype == at::kFloat ? accumulate<float, P>
+      : dtype == at::kBFloat16            ? accumulate<at::BFloat16, P>
+                                          : accumulate<at::Half, P>;
   kernel(pattern, rows, others, values.mutable_data_ptr<float>());
-  return values.to(rows.scalar_type());
+  return values.to(dtype);
 }
 
 }  // namespace
 
 at::Tensor nm_value_gradient(
-    const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& offsets, int64_t n, int64_t m, int64_t vector) {
+    const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& offsets, int64_t n, int64_t m, int64_t vector,
+    const OptionalTensor& input_permutation, const OptionalTensor& output_permutation) {
   check_gradient_operands(grad_in, x_in);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "no native kernel for ", x_in.scalar_type());
   check_nm_offsets(offsets, x_in.size(1), grad_in.size(1), n, m, vector);
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
   const NmPattern pattern{n, m, vector, offsets.size(1), offsets.const_data_ptr<uint8_t>()};
-  return gradient(pattern, grad, x, {offsets.size(0), offsets.size(1), vector});
+  const PermutationTables into(input_permutation, x.size(1), "input_permutation");
+  const PermutationTables out(output_permutation, grad.size(1), "output_permutation");
+  return gradient(pattern, {grad, out.table()}, {x, into.inverse()}, {offsets.size(0), offsets.size(1), vector});
 }
 
-at::Tensor diagonal_value_gradient(const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& offsets_in) {
+at::Tensor diagonal_value_gradient(
+    const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& offsets_in, const OptionalTensor& input_permutation,
+    const OptionalTensor& output_permutation) {
   check_gradient_operands(grad_in, x_in);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "no native kernel for ", x_in.scalar_type());
   const at::Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
-  const bool wide = x.size(1) >= grad.size(1);
-  const at::Tensor &shorter = wide ? grad : x, &longer = wide ? x : grad;
-  const int32_t* offsets = diagonal_offsets(offsets_in, longer.size(1));
-  const DiagonalPattern pattern{shorter.size(1), longer.size(1), offsets_in.numel(), offsets};
-  return gradient(pattern, shorter, longer, {offsets_in.numel(), shorter.size(1)});
+  const PermutationTables into(input_permutation, x.size(1), "input_permutation");
+  const PermutationTables out(output_permutation, grad.size(1), "output_permutation");
+  const Side inputs{x, into.inverse()}, outputs{grad, out.table()};
+  const bool wide = inputs.features() >= outputs.features();
+  const Side &shorter = wide ? outputs : inputs, &longer = wide ? inputs : outputs;
+  const int32_t* offsets = diagonal_offsets(offsets_in, longer.features());
+  const DiagonalPattern pattern{shorter.features(), longer.features(), offsets_in.numel(), offsets};
+  return gradient(pattern, shorter, longer, {offsets_in.numel(), shorter.features()});
 }
 
 }  // namespace padst

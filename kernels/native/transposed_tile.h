@@ -12,13 +12,14 @@
 
 namespace padst {
 
-// Some tokens, feature-major: [features, stride].
+// Some tokens, feature-major: [features, stride]. Feature f of a token is row target[f], or row f without a table: whole rows are
+// stored, so a permutation costs nothing here.
 template <typename T, typename C>
 class TransposedTile {
  public:
   // tile: the most tokens, a multiple of kLanes; rows lie a cache line further apart, off the power of two.
-  TransposedTile(int64_t features, int64_t tile)
-      : features_(features), stride_(tile + kCacheLine / sizeof(C)), scratch_(features * stride_) {}
+  TransposedTile(int64_t features, int64_t tile, const int32_t* target)
+      : features_(features), stride_(tile + kCacheLine / sizeof(C)), target_(target), scratch_(features * stride_) {}
 
   // Missing tokens up to `filled` become zeros.
   void load(const T* x, int64_t tokens, int64_t filled) {
@@ -47,11 +48,12 @@ class TransposedTile {
     }
     transpose(square);
     for (int64_t i = 0; i < width; ++i) {
-      store(square[i], scratch_.data() + (f + i) * stride_ + t);
+      store(square[i], scratch_.data() + (target_ != nullptr ? target_[f + i] : f + i) * stride_ + t);
     }
   }
 
   int64_t features_, stride_;
+  const int32_t* target_;
   Scratch<C> scratch_;
 };
 
