@@ -315,7 +315,7 @@ class RegroupLearner:
         return place_units(self.trained.structure, layer.topology, self.trained.shape, side, self.trained.name)
 
     def _due(self, step: int) -> bool:
-        return step <= self.config.last_update and step % self._interval == self._interval // 2
+        return step <= self.config.last_update and (step - self.trained.offset) % self._interval == self._interval // 2
 
     def _fraction(self, step: int) -> float:
         return self.method.fraction / 2 * (1 + math.cos(math.pi * step / self.config.last_update))

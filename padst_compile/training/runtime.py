@@ -124,8 +124,9 @@ class Runtime:
                     member.gates.after_step(step, self.world)
                 member.trained.hold_at_zero()
             self._learn(members, step)
-            if is_due(step, self.config):
-                self._update(members, step)
+            due = [member for member in members if is_due(step, self.config, member.trained.offset)]
+            if due:
+                self._update(due, step)
                 self.update_seconds += time.perf_counter() - began
         self._listen(number)
         self.hook_seconds += time.perf_counter() - began
@@ -148,7 +149,7 @@ class Runtime:
         for member in self._members_of(number):
             trained = member.trained
             trained.forget()
-            wanted = is_due(step, self.config) and needs_gradient(self.config.method)
+            wanted = is_due(step, self.config, trained.offset) and needs_gradient(self.config.method)
             member.scores = UnitScores(trained.structure, self.config.score) if wanted else None
             magnitudes, signed = ((), ()) if member.learner is None else member.learner.listen(step)
             own = () if member.scores is None else (member.scores,)
@@ -167,8 +168,6 @@ class Runtime:
         return rows.to(trained.layer.topology[0].device)
 
     def _update(self, members: Sequence[_Member], step: int) -> None:
-        if not members:
-            return
         device = members[0].trained.layer.topology[0].device
         wrong = [member.trained.name for member in members if not _finite(member)]
         if self.world.any(bool(wrong), device):

@@ -7,11 +7,17 @@ import math
 from padst_compile.training.config import DSTConfig
 
 
-def is_due(step: int, config: DSTConfig) -> bool:
-    """Whether the topology is updated after the optimizer's `step`-th step, counted from 1."""
+def is_due(step: int, config: DSTConfig, offset: int = 0) -> bool:
+    """Whether the topology is updated after the optimizer's `step`-th step, counted from 1.
+
+    Args:
+        step: of the optimizer.
+        config: of the training.
+        offset: steps, fewer than the interval, by which a layer comes later than others.
+    """
     if config.method in ("static", "dynadiag") or step < max(1, config.start) or step > config.last_update:
         return False
-    return step % config.interval == 0
+    return step >= config.interval and (step - offset) % config.interval == 0
 
 
 def fraction_at(step: int, config: DSTConfig) -> float:

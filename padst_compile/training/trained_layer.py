@@ -23,11 +23,13 @@ class TrainedLayer:
         name: of the first layer that has these values.
         layers: that share them; the first speaks for all.
         optimizer: that holds them.
+        offset: optimizer steps by which its updates come later than those of other layers.
     """
 
     name: str
     layers: tuple[PermutedSparseLinear, ...]
     optimizer: torch.optim.Optimizer
+    offset: int = 0
 
     def __post_init__(self) -> None:
         self.alive: torch.Tensor | None = None  # bool [pools, units]: not yet pruned; None where nothing is pruned
