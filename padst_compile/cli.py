@@ -201,7 +201,7 @@ def train(
     foldable: Annotated[bool, typer.Option("--foldable", help="only permutations that cost nothing in this model")] = False,
     targets: Targets = None,
     method: Annotated[
-        str, typer.Option(help="rigl, set, mest, magnitude, static, or none: weights alone are trained")
+        str, typer.Option(help="rigl, set, mest, magnitude, dynadiag, static, or none: weights alone are trained")
     ] = "rigl",
     interval: Annotated[int, typer.Option(min=1, help="steps between updates of the topology")] = 100,
     fraction: Annotated[float, typer.Option(help="of the active weights that the first update replaces")] = 0.3,

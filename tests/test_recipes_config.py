@@ -104,6 +104,11 @@ def test_gradual_pruning_begins_dense_and_ends_with_the_sparsity() -> None:
     assert config.final_sparsity == padst.SparsitySpec(padst.Block(8), sparsity=0.8)
 
 
+def test_diagonals_by_a_soft_top_k_begin_as_all_of_them() -> None:
+    spec, dst = SparseTraining("diagonal", method="dynadiag").resolve(steps=90, seed=0)
+    assert spec is not None and dst is not None and (spec.sparsity, dst.final_sparsity) == (0.0, 0.9)
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [

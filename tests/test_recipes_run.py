@@ -136,6 +136,7 @@ WAYS = {
     "mest with regroup": SparseTraining("block:8", 0.75, permutation="regroup", method="mest", interval=3),
     "static with autoshuffle": SparseTraining("unstructured", 0.75, permutation="autoshuffle", method="static"),
     "gradual pruning": SparseTraining("block:8", 0.75, method="magnitude", interval=3),
+    "diagonals by a soft top-K": SparseTraining("diagonal", 0.75, permutation="regroup", method="dynadiag", interval=3),
 }
 SMALL_BLOCKS = dataclasses.replace(WAYS["rigl with autoshuffle"], structure="block:2")  # its token mixers are small
 

@@ -16,6 +16,7 @@ FIXED = "none"  # as a method: no runtime at all; as a permutation: there is non
 LEARNED: tuple[PermutationMethod, ...] = get_args(PermutationMethod)
 PERMUTATIONS = (FIXED, "random", *LEARNED)
 METHODS = (FIXED, *get_args(Method))
+PRUNING: tuple[Method, ...] = ("magnitude", "dynadiag")  # they begin with all weights
 _SPARSITY = 0.9
 
 
@@ -75,8 +76,8 @@ class SparseTraining:
     def _spec(self, seed: int) -> SparsitySpec:
         structure = parse(self.structure)
         fixed = structure.natural_sparsity()
-        if self.method == "magnitude" and fixed is not None:
-            raise TrainingConfigError(f"method 'magnitude' prunes step by step, and {self.structure} fixes the sparsity")
+        if self.method in PRUNING and fixed is not None:
+            raise TrainingConfigError(f"method {self.method!r} prunes step by step, and {self.structure} fixes the sparsity")
         fields: dict[str, Any] = {"targets": self.targets} if self.targets else {}
         spec = SparsitySpec(
             structure=structure,
@@ -87,7 +88,7 @@ class SparseTraining:
             seed=seed,
             **fields,
         )
-        return dataclasses.replace(spec, sparsity=0.0) if self.method == "magnitude" else spec
+        return dataclasses.replace(spec, sparsity=0.0) if self.method in PRUNING else spec
 
     def _training(self, steps: int, seed: int) -> DSTConfig:
         learned = self.permutation in LEARNED
@@ -98,7 +99,7 @@ class SparseTraining:
             fraction=self.fraction,
             end=self.end,
             total_steps=steps,
-            final_sparsity=final if self.method == "magnitude" else None,
+            final_sparsity=final if self.method in PRUNING else None,
             permutation=LearnedPermutation(method=cast("PermutationMethod", self.permutation)) if learned else None,
             seed=seed,
         )
