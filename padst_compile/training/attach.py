@@ -62,8 +62,8 @@ def attach(
     _check(named, optimizers, config)
     layers = _trained_layers(named, optimizers)
     if config.staggered:
-        for number, layer in enumerate(layers):
-            layer.offset = number * config.interval // len(layers)
+        for number, trained in enumerate(layers):
+            trained.offset = number * config.interval // len(layers)
     _check_ranks(layers, world)
     runtime = Runtime(layers, optimizers, config, world, lambda layer: make_learner(layer, config), grad_scaler, reshard)
     for _, layer in named:
