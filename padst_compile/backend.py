@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from padst_compile.equivalence import PassCheck
+from padst_compile.kernels import dispatch
 from padst_compile.options import Options, read_options
 from padst_compile.passes.context import Context, static_tensors
 from padst_compile.passes.graph import copy_graph
@@ -56,11 +58,24 @@ def padst(
         UnknownOptionError, InvalidOptionError: options that mean nothing; raised before anything is compiled.
     """
     chosen = read_options(mode, options)
-    compiler = cast("Compiler", functools.partial(compile_fx, config_patches=dict(chosen.inductor)))
+    inductor = cast("Compiler", functools.partial(compile_fx, config_patches=dict(chosen.inductor)))
     if not _has_sparse_ops(gm):
-        return compiler(gm, list(example_inputs))
+        return inductor(gm, list(example_inputs))
+
+    def compiler(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        # PyTorch's caches know a custom op by name alone, and would go on with the gradient of the version before this one.
+        with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}/padst:{ops_version()}"):  # type: ignore[attr-defined]  # a config module
+            return inductor(graph, inputs)
+
     compiled, _ = compile_graph(gm, example_inputs, chosen, compiler)
     return compiled
+
+
+@functools.cache
+def ops_version() -> str:
+    """A hash over the sources of the ops: their gradients and fake results are part of what Inductor compiles."""
+    sources = sorted(Path(dispatch.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def compile_graph(

@@ -76,9 +76,26 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert "autograd_cache_miss" not in second["aot_autograd"]
 
 
-def _run(environment: dict[str, str]) -> dict[str, Any]:
+@pytest.mark.slow
+def test_other_sources_of_the_ops_compile_anew(tmp_path: Path) -> None:
+    """A program of the last version would keep the last version's gradients."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    _run(environment)
+    changed = "import padst_compile.backend\npadst_compile.backend.ops_version = lambda: 'another'\n"
+    second = _run(environment, changed)
+    assert second["aot_autograd"]["autograd_cache_miss"] == 3
+    assert "autograd_cache_hit" not in second["aot_autograd"]
+
+
+def _run(environment: dict[str, str], before: str = "") -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", _COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", before + _COMPILE],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     counters: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
