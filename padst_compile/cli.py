@@ -206,6 +206,9 @@ def train(
     interval: Annotated[int, typer.Option(min=1, help="steps between updates of the topology")] = 100,
     fraction: Annotated[float, typer.Option(help="of the active weights that the first update replaces")] = 0.3,
     end: Annotated[float, typer.Option(help="fraction of the steps after which the topology stays")] = 0.75,
+    ablation: Annotated[
+        float | None, typer.Option(help="SRigL's: give up outputs of N:M layers less salient than that")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps in all")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="images or windows of text of a step")] = 64,
     lr: Annotated[float, typer.Option(help="highest learning rate of AdamW")] = 1e-3,
@@ -233,7 +236,7 @@ def train(
     console = Console(width=None if sys.stdout.isatty() else 200)
     with _errors():
         sparse = SparseTraining(
-            structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end
+            structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end, ablation
         )
         specification, dst = sparse.resolve(steps=steps, seed=seed)
         config = TrainConfig(

@@ -36,6 +36,7 @@ class SparseTraining:
         interval: steps between updates of the topology.
         fraction: of active weights that the first update replaces.
         end: fraction of the training after which the topology stays.
+        ablation: with rigl, SRigL's: outputs of N:M layers of which less than this fraction is salient are given up.
     """
 
     structure: str = "block:16"
@@ -48,6 +49,7 @@ class SparseTraining:
     interval: int = 100
     fraction: float = 0.3
     end: float = 0.75
+    ablation: float | None = None
 
     def resolve(self, *, steps: int, seed: int) -> tuple[SparsitySpec | None, DSTConfig | None]:
         """Specification and training of a run; both None if it is dense, the latter for method "none".
@@ -98,6 +100,7 @@ class SparseTraining:
             interval=self.interval,
             fraction=self.fraction,
             end=self.end,
+            ablation=self.ablation,
             total_steps=steps,
             final_sparsity=final if self.method in PRUNING else None,
             permutation=LearnedPermutation(method=cast("PermutationMethod", self.permutation)) if learned else None,

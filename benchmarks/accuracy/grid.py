@@ -1,0 +1,152 @@
+"""The cells of the accuracy study: which models are trained how, and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from padst_compile.recipes import TrainConfig
+from padst_compile.recipes.shorthand import SparseTraining
+
+SPARSITIES = (0.8, 0.9, 0.95)
+UPDATES = 40  # of the topology, if they went on to the end
+_ROUNDING = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model on data.
+
+    Args:
+        name: short.
+        metric: of the results; "loss" (lower is better) or "accuracy".
+        fields: of `TrainConfig`, without data.
+        kind: of data: "images" or "text".
+    """
+
+    name: str
+    metric: str
+    fields: dict[str, Any]
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train sparse layers, at a sparsity.
+
+    Args:
+        name: of the row in the report.
+        training: in the short names of `padst train`, without sparsity.
+        fixed: the sparsity that its structure fixes; None where any goes.
+    """
+
+    name: str
+    training: SparseTraining
+    fixed: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run of the study."""
+
+    task: Task
+    method: Method
+    sparsity: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.task.name}/{self.method.name.replace(':', '-')}/{self.sparsity:g}/{self.seed}"
+
+    def config(self, data: dict[str, str], threads: int | None, device: str) -> TrainConfig:
+        """What `recipes.run` takes.
+
+        Args:
+            data: path by kind of data.
+            threads: of the CPU.
+            device: "cpu" or "cuda".
+        """
+        steps = self.task.fields["steps"]
+        training = self.method.training
+        if training.structure != "dense":
+            sparsity = None if self.method.fixed is not None else self.sparsity
+            training = dataclasses.replace(training, sparsity=sparsity, interval=max(1, steps // UPDATES))
+        spec, dst = training.resolve(steps=steps, seed=self.seed)
+        return TrainConfig(
+            data=data[self.task.kind], sparsity=spec, dst=dst, seed=self.seed, threads=threads, device=device,  # type: ignore[arg-type]  # checked there
+            **self.task.fields,
+        )  # fmt: skip
+
+
+TEXT_SMALL = Task(
+    "gpt-small", "loss",
+    {"model": "hf:gpt2,n_layer=4,n_embd=128,n_head=4", "steps": 1200, "batch": 32, "context": 64, "lr": 2e-3, "eval_limit": 400,
+     "eval_interval": 200, "checkpoint_interval": 200}, "text",
+)  # fmt: skip
+IMAGES_SMALL = Task(
+    "vit-small", "accuracy",
+    {"model": "timm:vit_tiny_patch16_224,depth=6,embed_dim=128,num_heads=4,patch_size=4", "steps": 2000, "batch": 64,
+     "lr": 1e-3, "eval_interval": 500, "checkpoint_interval": 250}, "images",
+)  # fmt: skip
+TEXT_LARGE = Task(
+    "gpt-384", "loss",
+    {"model": "hf:gpt2,n_layer=6,n_embd=384,n_head=6", "steps": 5000, "batch": 64, "context": 256, "lr": 1e-3,
+     "eval_interval": 500, "dtype": "bfloat16"}, "text",
+)  # fmt: skip
+IMAGES_LARGE = Task(
+    "vit-tiny", "accuracy",
+    {"model": "timm:vit_tiny_patch16_224,patch_size=4", "steps": 20_000, "batch": 128, "lr": 1e-3, "eval_interval": 2000,
+     "dtype": "bfloat16"}, "images",
+)  # fmt: skip
+MIXER_LARGE = Task(
+    "mixer", "accuracy", {**IMAGES_LARGE.fields, "model": "mixer:patch_size=4,embed_dim=256,num_blocks=8"}, "images"
+)
+TEXT_TINY = Task(
+    "gpt-tiny", "loss",
+    {"model": "hf:gpt2,n_layer=1,n_embd=64,n_head=2", "steps": 8, "batch": 4, "context": 16, "lr": 1e-3, "eval_limit": 8},
+    "text",
+)  # fmt: skip
+TASKS = {"tiny": (TEXT_TINY,), "cpu": (TEXT_SMALL, IMAGES_SMALL), "gpu": (TEXT_LARGE, IMAGES_LARGE, MIXER_LARGE)}
+
+DENSE = Method("dense", SparseTraining(structure="dense", method="none"))
+_PERMUTATIONS = ("none", "random", "autoshuffle", "sinkhorn_ste", "regroup")
+_UNSTRUCTURED = (
+    Method("rigl", SparseTraining(structure="unstructured", method="rigl")),
+    Method("set", SparseTraining(structure="unstructured", method="set")),
+)
+
+
+def methods() -> Iterator[Method]:
+    """Every method, the ones that decide most first: dense and unstructured, then blocks, then the other structures."""
+    yield DENSE
+    yield from _UNSTRUCTURED
+    for structure in ("block:16", "diagonal"):
+        yield Method(f"{structure} static", SparseTraining(structure=structure, method="static"))
+        for permutation in _PERMUTATIONS:
+            yield Method(f"{structure} {permutation}", SparseTraining(structure=structure, permutation=permutation))
+    for n, m in ((1, 5), (1, 10), (1, 20)):
+        for vector in ("", ":8"):
+            for permutation in _PERMUTATIONS:
+                structure = f"nm:{n}:{m}{vector}"
+                training = SparseTraining(structure=structure, permutation=permutation)
+                yield Method(f"{structure} {permutation}", training, fixed=1 - n / m)
+        yield Method(f"srigl:{n}:{m}", SparseTraining(structure=f"nm:{n}:{m}", ablation=0.3), fixed=1 - n / m)
+
+
+def cells(size: str, seeds: int, sparsities: tuple[float, ...] = SPARSITIES) -> Iterator[Cell]:
+    """All cells, such that whatever is done first can be read: 90 % before other sparsities, every seed of a method together.
+
+    Args:
+        size: "cpu", "gpu", or "tiny", which only shows that everything runs.
+        seeds: of each method.
+        sparsities: to study.
+    """
+    for sparsity in sorted(sparsities, key=lambda s: abs(s - 0.9)):
+        for task in TASKS[size]:
+            for method in methods():
+                dense_again = method is DENSE and sparsity != min(sparsities, key=lambda s: abs(s - 0.9))
+                other = method.fixed is not None and abs(method.fixed - sparsity) > _ROUNDING
+                if not dense_again and not other:
+                    yield from (Cell(task, method, sparsity, seed) for seed in range(seeds))
