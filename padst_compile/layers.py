@@ -44,10 +44,12 @@ class SoftPermutation:
     Args:
         matrix: float32 `[features, features]`, doubly stochastic; `x @ matrix.T` stands for the permutation.
         state: uint8 `[1]` on the CPU, `SOFT` or `HARD`; once hard, the layer's `permutation` counts and the matrix does not.
+        anchor: float32 `[1]` that takes gradients, see `padst::soft_permute`.
     """
 
     matrix: torch.Tensor
     state: torch.Tensor
+    anchor: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, requires_grad=True))
 
     @property
     def is_soft(self) -> bool:
@@ -185,13 +187,14 @@ class PermutedSparseLinear(nn.Module):
         if self.soft is None:
             permuted: torch.Tensor = permute(x, self.permutation)
         else:
-            permuted = soft_permute(x, self.permutation, self.soft.matrix, self.soft.state)
+            permuted = soft_permute(x, self.permutation, self.soft.matrix, self.soft.state, self.soft.anchor)
         return permuted
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PermutedSparseLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         if self.soft is not None:  # follows to another device, and stays float32
             self.soft.matrix = self.soft.matrix.to(self.values.device)
+            self.soft.anchor = self.soft.anchor.detach().to(self.values.device).requires_grad_()
         if self.gate is not None:
             self.gate = fn(self.gate)
         return self

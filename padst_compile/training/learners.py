@@ -50,7 +50,8 @@ class AutoShuffleLearner:
         self.trained, self.method = trained, method
         self._warmup, self._deadline = (int(part * config.total_steps) for part in (method.warmup, method.deadline))
         matrix = birkhoff.initial(trained.layer.permutation, generator=trained.generator(config.seed, 0, "soft permutation"))
-        self._soft = SoftPermutation(matrix, torch.tensor([SOFT], dtype=torch.uint8))
+        anchor = torch.zeros(1, device=matrix.device, requires_grad=True)
+        self._soft = SoftPermutation(matrix, torch.tensor([SOFT], dtype=torch.uint8), anchor)
         for layer in trained.layers:
             layer.soft = self._soft
         learner = self._make(matrix)

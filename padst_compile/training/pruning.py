@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from padst_compile.layers import PermutedSparseLinear
+from padst_compile.structures import Shape, Structure
 from padst_compile.training.sharding import shard_like
 from padst_compile.training.trained_layer import TrainedLayer
 
@@ -13,10 +14,16 @@ from padst_compile.training.trained_layer import TrainedLayer
 def stored_mask(trained: TrainedLayer) -> torch.Tensor:
     """1 where a stored value is not pruned, else 0; shaped, typed and sharded like the layer's values."""
     layer, structure, shape = trained.layer, trained.structure, trained.shape
-    ones = torch.ones(shape.out_features, shape.in_features, dtype=layer.values.dtype, device=layer.topology[0].device)
-    survivors = structure.topology_of(trained.active(), shape)
-    dense = structure.unpack(structure.pack(ones, survivors), survivors, shape)
+    dense = _spread(trained.active(), structure, shape).to(layer.values.dtype)
     return shard_like(structure.pack(dense, layer.topology), layer.values)
+
+
+def _spread(units: torch.Tensor, structure: Structure, shape: Shape) -> torch.Tensor:
+    """1 at the weights of chosen units, else 0, float32 `[out, in]`: the adjoint of summing weights over units."""
+    with torch.enable_grad():
+        weight = torch.zeros(shape.out_features, shape.in_features, device=units.device, requires_grad=True)
+        (dense,) = torch.autograd.grad(structure.unit_totals(weight), weight, units.float())
+    return dense
 
 
 def compact(layer: PermutedSparseLinear, alive: torch.Tensor) -> None:

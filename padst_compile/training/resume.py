@@ -10,7 +10,7 @@ from padst_compile.training.config import DSTConfig
 from padst_compile.training.trained_layer import TrainedLayer
 
 VERSION = 1
-_KEYS = ("version", "config", "steps", "updates", "skipped", "layers")
+_KEYS = ("version", "config", "steps", "updates", "skipped", "last_update", "layers")
 
 
 def check_state(state: Mapping[str, Any], config: DSTConfig, layers: Sequence[TrainedLayer], optimizers: int) -> None:

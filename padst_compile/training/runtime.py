@@ -200,6 +200,7 @@ class Runtime:
             "steps": list(self._steps),
             "updates": self.updates,
             "skipped": self.skipped,
+            "last_update": [dataclasses.asdict(update) for update in self.last_update],
             "layers": {
                 member.trained.name: {
                     **member.trained.state_dict(),
@@ -220,6 +221,7 @@ class Runtime:
         check_fingerprints(state, self.layers)
         self._steps = list(state["steps"])
         self.updates, self.skipped = state["updates"], state["skipped"]
+        self.last_update = tuple(TopologyUpdate(**update) for update in state["last_update"])
         for member in self._members:
             stored = state["layers"][member.trained.name]
             member.trained.load_state_dict(stored)
