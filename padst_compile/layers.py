@@ -129,12 +129,15 @@ class PermutedSparseLinear(nn.Module):
         return dense.T if self.config.origin == "conv1d" else dense
 
     def dense_weight(self) -> torch.Tensor:
-        """S with the permutation folded in: `[out_features, in_features]`, exact."""
+        """S with the permutation folded in: `[out_features, in_features]`, exact; a soft one is multiplied in."""
         weight: torch.Tensor = to_dense(
-            self.values, list(self.topology), self.out_features, self.in_features, self._structure_name
+            self._gated_values(), list(self.topology), self.out_features, self.in_features, self._structure_name
         )
         if self.permutation is None:
             return weight
+        if self.soft is not None and self.soft.is_soft:
+            matrix = self.soft.matrix.to(weight.dtype)
+            return weight @ matrix if self.config.permuted == "input" else matrix @ weight
         if self.config.permuted == "input":
             return weight.index_select(1, permutation.inverse(self.permutation))
         return weight.index_select(0, self.permutation)
@@ -168,7 +171,7 @@ class PermutedSparseLinear(nn.Module):
         output_side = self.permutation is not None and self.config.permuted == "output"
         y: torch.Tensor = structured_linear(
             x,
-            self.values if self.gate is None else self.values * self.gate.to(self.values.dtype),
+            self._gated_values(),
             list(self.topology),
             None if output_side else self.bias,
             None,
@@ -180,6 +183,9 @@ class PermutedSparseLinear(nn.Module):
             y = self._permute(y)
             y = y if self.bias is None else y + self.bias.to(y.dtype)  # autocast may have made y narrower
         return y
+
+    def _gated_values(self) -> torch.Tensor:
+        return self.values if self.gate is None else self.values * self.gate.to(self.values.dtype)
 
     def _permute(self, x: torch.Tensor) -> torch.Tensor:
         if self.permutation is None:

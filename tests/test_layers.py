@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import padst_compile as padst
 from padst_compile import NM, Block, Diagonal, PermutedSparseLinear, SparsitySpec, Unstructured, permutation
 from padst_compile.errors import FeatureMismatchError, InvalidPermutationError
+from padst_compile.kernels.soft_permute import HARD, SOFT
+from padst_compile.layers import SoftPermutation
 from padst_compile.structures import Structure
 from padst_compile.testing.accuracy import assert_within_error_bound
 
@@ -397,3 +400,21 @@ def test_a_transformer_layer_gives_the_same_in_its_fast_path() -> None:
     x = torch.randn(2, 3, 16, dtype=torch.float64)
     with torch.no_grad():  # the fast path reads the weights instead of calling the layers
         assert torch.equal(block(x), dense(x))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_dense_weight_has_what_is_still_being_learned_multiplied_in(side: str) -> None:
+    torch.manual_seed(0)
+    layer = padst.sparsify(
+        nn.Sequential(nn.Linear(24, 16, dtype=torch.float64)),
+        padst.SparsitySpec(Diagonal(), sparsity=0.5, permutation="learned", permutation_side=side),
+    )[0]
+    size = 24 if side == "input" else 16
+    layer.soft = SoftPermutation(torch.rand(size, size, dtype=torch.float64), torch.tensor([SOFT], dtype=torch.uint8))
+    layer.gate = torch.rand(layer.values.shape[0], 1, dtype=torch.float64)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    expected = F.linear(x, layer.dense_weight(), layer.bias)
+    assert torch.allclose(layer(x), expected, rtol=0, atol=1e-12)
+    layer.soft.state.fill_(HARD)
+    assert torch.allclose(layer(x), F.linear(x, layer.dense_weight(), layer.bias), rtol=0, atol=1e-12)
+    assert not torch.allclose(layer(x), expected)
