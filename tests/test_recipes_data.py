@@ -33,7 +33,7 @@ def picture(label: int, seed: int, size: int = SIZE) -> bytes:
 
 
 def write_parquet(path: Path, count: int, *, hub: bool = False, seed: int = 0) -> Path:
-    """As ../shared/data has CIFAR-10 (bytes, uint8), or as the hub's Image feature stores images (a struct, int64)."""
+    """As plain bytes with uint8 labels, or as the hub's Image feature stores images (a struct, int64)."""
     labels = [index % 4 for index in range(count)]
     images = [picture(label, seed + index) for index, label in enumerate(labels)]
     if hub:

@@ -49,7 +49,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two parquet files like those of CIFAR-10 in ../shared/data: JPEG bytes and uint8 labels."""
+    """Two parquet files like those of CIFAR-10 as it is distributed: JPEG bytes and uint8 labels."""
     import io
 
     import numpy as np
