@@ -31,7 +31,7 @@ class Unstructured(Structure):
 
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """See `Structure.active_units`."""
-        return topology[0].reshape(1, -1)
+        return topology[0].reshape(1, -1).clone()  # not a view: topologies change in place
 
     def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
         """See `Structure.topology_of`."""

@@ -21,7 +21,7 @@ from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
 from padst_compile.training.permutations.units import PlaceUnits, place_units
 from padst_compile.training.rearrange import reorder_features
-from padst_compile.training.sharding import whole
+from padst_compile.training.sharding import local, whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
@@ -91,7 +91,8 @@ class AutoShuffleLearner:
         if self._learner is None:
             return
         self._follow_device()
-        total = world.add_up(self._gradient.sum_like(self._learner.matrix)).div_(world.size * loss_scale)
+        own = self._gradient.sum_like(self._learner.matrix, poison_counts=not self._has_finite_gradient())
+        total = world.add_up(own).div_(world.size * loss_scale)
         if bool(total.sum().isfinite()):  # alike on all ranks: NaN spreads
             self._learner.step(total, weight_at(step - 1, self._warmup, self.method.penalty_weight))
             self._penalty = world.agree_on_number(self._learner.penalty(), total.device)
@@ -108,7 +109,8 @@ class AutoShuffleLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """See `PermutationLearner`."""
-        soft = None if self._learner is None else self._learner.state_dict()
+        # detached, so that a state in memory keeps its matrix when the layer gives its own back
+        soft = None if self._learner is None else {k: v.detach() for k, v in self._learner.state_dict().items()}
         return {"soft": soft, "penalty": self._penalty, "hardened_at": self.hardened_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -124,6 +126,11 @@ class AutoShuffleLearner:
             self._soft.state.fill_(SOFT)
         self._penalty, self.hardened_at = state["penalty"], state["hardened_at"]
 
+    def _has_finite_gradient(self) -> bool:
+        """Whether the weights' gradient is finite: then what was not came from steps that a GradScaler skipped before."""
+        gradient = self.trained.layer.values.grad
+        return gradient is not None and bool(local(gradient).isfinite().all())
+
     def _harden(self, world: World) -> None:
         if self._learner is not None:
             chosen = world.agree(self._learner.harden().to(self._soft.matrix.device))
@@ -134,7 +141,10 @@ class AutoShuffleLearner:
         """From here on the permutation counts; the matrix keeps its shape, which programs check, and gives back its memory."""
         self._soft.state.fill_(HARD)
         self._learner, self._penalty = None, 0.0
-        self._soft.matrix.untyped_storage().resize_(0)
+        matrix = self._soft.matrix
+        with torch.no_grad():
+            matrix.set_(torch.empty_like(matrix))
+        matrix.untyped_storage().resize_(0)
 
     def _follow_device(self) -> None:
         if self._learner is not None and self._learner.matrix is not self._soft.matrix:  # the model was moved
@@ -161,9 +171,9 @@ class _MatrixGradient:
         else:
             self.total = gradient if self.total is None else self.total + gradient
 
-    def sum_like(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The sum in the shape of `matrix`, zeros if nothing came, NaN if anything was not finite."""
-        if self.poisoned:
+    def sum_like(self, matrix: torch.Tensor, *, poison_counts: bool) -> torch.Tensor:
+        """The sum in the shape of `matrix`, zeros if nothing came, NaN if anything that counts was not finite."""
+        if self.poisoned and (poison_counts or self.total is None):
             return torch.full_like(matrix, torch.nan)
         return torch.zeros_like(matrix) if self.total is None else self.total
 
