@@ -61,11 +61,14 @@ def attach(
     named = list(sparse_layers(unwrapped(model)))
     _check(named, optimizers, config)
     layers = _trained_layers(named, optimizers)
-    if config.staggered:
-        for number, trained in enumerate(layers):
-            trained.offset = number * config.interval // len(layers)
+    _stagger(layers, config)
     _check_ranks(layers, world)
-    runtime = Runtime(layers, optimizers, config, world, lambda layer: make_learner(layer, config), grad_scaler, reshard)
+    try:
+        runtime = Runtime(layers, optimizers, config, world, lambda layer: make_learner(layer, config), grad_scaler, reshard)
+    except Exception:
+        for _, layer in named:  # those before the one that was refused
+            layer.soft = layer.gate = None
+        raise
     for _, layer in named:
         _RUNTIMES[layer] = runtime
     return runtime
@@ -179,6 +182,13 @@ def _tensor_parallel(layer: PermutedSparseLinear) -> str | None:
             "leave it out of the plan, and use fully_shard (along dimension 0) or DistributedDataParallel"
         )
     return None
+
+
+def _stagger(layers: Sequence[TrainedLayer], config: DSTConfig) -> None:
+    """Give the layers that are to be updated one after the other their places in the interval."""
+    later = [layer for layer in layers if (layer.has_fine_units if config.staggered is None else config.staggered)]
+    for number, layer in enumerate(later):
+        layer.offset = number * config.interval // len(later)
 
 
 def _trained_layers(

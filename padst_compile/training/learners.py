@@ -143,7 +143,7 @@ class AutoShuffleLearner:
         self._learner, self._penalty = None, 0.0
         matrix = self._soft.matrix
         with torch.no_grad():
-            matrix.set_(torch.empty_like(matrix))
+            matrix.set_(torch.empty_like(matrix))  # type: ignore[call-overload]  # takes a tensor
         matrix.untyped_storage().resize_(0)
 
     def _follow_device(self) -> None:

@@ -261,6 +261,7 @@ def _gates(trained: TrainedLayer, config: DSTConfig) -> SoftTopK | None:
     if config.method != "dynadiag":
         return None
     assert config.final_sparsity is not None  # the configuration demands it
+    trained.structure.check(trained.shape, config.final_sparsity, trained.name)
     keep = trained.structure.units_per_pool(trained.shape, config.final_sparsity)
     return SoftTopK(trained, keep, config.last_update)
 
