@@ -24,7 +24,8 @@ INTERVAL, END, TOTAL, FRACTION = 3, 0.75, 16, 0.5
 
 
 def config(method: str = "rigl", **fields: Any) -> padst.DSTConfig:
-    settings = {"interval": INTERVAL, "end": END, "total_steps": TOTAL, "fraction": FRACTION, "check_invariants": True}
+    settings = {"interval": INTERVAL, "end": END, "total_steps": TOTAL, "fraction": FRACTION}
+    settings |= {"check_invariants": True, "staggered": False}
     return padst.DSTConfig(method=method, **(settings | fields))  # type: ignore[arg-type]  # a method
 
 

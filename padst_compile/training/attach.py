@@ -18,6 +18,7 @@ from padst_compile.training.config import DSTConfig
 from padst_compile.training.learners import make_learner
 from padst_compile.training.runtime import Runtime
 from padst_compile.training.sharding import is_sharded, resharder
+from padst_compile.training.topology import needs_gradient
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
@@ -186,7 +187,9 @@ def _tensor_parallel(layer: PermutedSparseLinear) -> str | None:
 
 def _stagger(layers: Sequence[TrainedLayer], config: DSTConfig) -> None:
     """Give the layers that are to be updated one after the other their places in the interval."""
-    later = [layer for layer in layers if (layer.has_fine_units if config.staggered is None else config.staggered)]
+    learned = config.permutation is not None and config.permutation.method == "regroup"
+    collects = needs_gradient(config.method) or learned
+    later = [layer for layer in layers if (collects and layer.has_fine_units if config.staggered is None else config.staggered)]
     for number, layer in enumerate(later):
         layer.offset = number * config.interval // len(later)
 

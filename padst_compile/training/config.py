@@ -78,8 +78,9 @@ class DSTConfig:
         final_sparsity: of magnitude and dynadiag, reached at `end`.
         permutation: how permutations are learned; None leaves them as they are.
         check_invariants: check the topology, the optimizer state and the zeros after every update.
-        staggered: update the layers one after the other, spread over the interval, instead of all at the same step. Scores
-            then exist for one layer at a time; of unstructured and N:M layers they are as large as dense gradients.
+        staggered: update layers one after the other, spread over the interval, instead of all at the same step. None does so
+            with layers whose units are about as many as their weights (unstructured, N:M with few rows to a vector): their
+            scores are as large as dense gradients, of which there is then one at a time.
         seed: of every random choice.
 
     Raises:
@@ -99,7 +100,7 @@ class DSTConfig:
     final_sparsity: float | None = None
     permutation: LearnedPermutation | None = None
     check_invariants: bool = False
-    staggered: bool = False
+    staggered: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from padst_compile.kernels import gradient_tap
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.structures import Shape, Structure
 
+_FINE = 4  # weights to a unit, below which units are fine
+
 
 @dataclasses.dataclass
 class TrainedLayer:
@@ -52,6 +54,11 @@ class TrainedLayer:
     def shape(self) -> Shape:
         """Of the layer."""
         return self.layer.config.shape
+
+    @property
+    def has_fine_units(self) -> bool:
+        """Whether scores of its units take about as much memory as its dense gradient."""
+        return self.active().numel() * _FINE > self.shape.numel
 
     def active(self) -> torch.Tensor:
         """Which units are active, bool `[pools, units]`; pruned ones are not."""
