@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What to run where there is a GPU: tests on the device, tuning, and the benchmarks beside dense, each within 8 minutes.
 #
-#     benchmarks/gpu.sh [test|sanitize|tune|layers|models|all]     results go to $OUT, or to benchmarks/results/
+#     benchmarks/gpu.sh [test|sanitize|tune|layers|models|train|all]     results go to $OUT, or to benchmarks/results/
 #
 # Without a GPU it says so and does a dry run: the tests that would run are collected, the cases are listed.
 set -euo pipefail
@@ -63,6 +63,18 @@ models() {
   timeout 480 "$python" benchmarks/end_to_end.py --device cuda --out "$out" "${dry[@]}"
 }
 
+train() {
+  # Any text will do: what counts is that updates, learned permutations and the compiled model work on the device.
+  if [ ${#dry[@]} -gt 0 ]; then
+    "$python" -m padst_compile.cli train --help | head -n 5
+    return
+  fi
+  for permutation in autoshuffle sinkhorn_ste regroup; do
+    timeout 160 "$python" -m padst_compile.cli train hf:gpt2,n_layer=6,n_embd=384,n_head=6 README.md --device cuda --compile \
+      --dtype bfloat16 --structure block:64 --permutation "$permutation" --steps 300 --interval 30 --out "$out/train-$permutation"
+  done
+}
+
 mkdir -p "$out"
 case "$part" in
   test) run_tests ;;
@@ -70,6 +82,7 @@ case "$part" in
   tune) tune ;;
   layers) layers ;;
   models) models ;;
-  all) run_tests; sanitize; tune; layers; models ;;
-  *) echo "unknown part $part: test, sanitize, tune, layers, models or all" >&2; exit 2 ;;
+  train) train ;;
+  all) run_tests; sanitize; tune; layers; models; train ;;
+  *) echo "unknown part $part: test, sanitize, tune, layers, models, train or all" >&2; exit 2 ;;
 esac
