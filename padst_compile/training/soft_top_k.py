@@ -50,6 +50,7 @@ class SoftTopK:
         """Learn from the gradient that the values had in this step, then cool."""
         if self.final:
             return
+        self._follow()
         gradient = self._gate_gradient()
         if gradient is not None and not world.any(not bool(gradient.isfinite().all()), gradient.device):
             alpha = self._adam.parameter.clone().requires_grad_()
@@ -63,6 +64,7 @@ class SoftTopK:
 
     def finish(self, world: World) -> None:
         """Make the choice final and take the gates off the layer."""
+        self._follow()
         if not self.final:
             self._settle(world)
         for layer in self.trained.layers:
@@ -74,10 +76,19 @@ class SoftTopK:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+        self._follow()
         own = {name: value for name, value in state.items() if name not in ("gate", "final")}
         self._adam.load_state_dict(own, self.trained.name)
         self._gate.copy_(state["gate"])
         self.final = state["final"]
+
+    def _follow(self) -> None:
+        """Use the gate that the layer has, which is another tensor once the model was moved to another dtype or device."""
+        gate = self.trained.layer.gate
+        if gate is not None and gate is not self._gate:
+            self._gate = gate
+            for layer in self.trained.layers:
+                layer.gate = gate
 
     def _gates(self, alpha: torch.Tensor, step: int) -> torch.Tensor:
         done = min(1.0, step / max(1, self.end))
