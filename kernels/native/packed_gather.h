@@ -2,7 +2,8 @@
 //
 // A gather costs one load per element, whatever its width. So the same feature of several tokens is packed into a 64-bit word
 // first, which costs a few shuffles per cache line, and the words are gathered: half or a quarter of the loads. Words of
-// 128 bits would take fewer loads still, but those of one wide row leave the L1 cache.
+// 128 bits would take fewer loads still, but those of one wide row leave the L1 cache. What remains is the rate of gathers;
+// while they run, the next rows are fetched into the L1 cache.
 //
 // Call `pack` with up to kRows rows, then `unpack` for as many parts of them as one likes. Without AVX-512 the shuffles cost
 // more than they save: rows are gathered one by one.
@@ -12,18 +13,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "partition.h"
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #endif
 
 namespace padst {
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 
 template <typename T>
 class PackedGather {
@@ -32,20 +32,18 @@ class PackedGather {
 
   // No table is the identity, which needs no gather and no memory.
   PackedGather(const int32_t* table, int64_t features)
-      : table_(table), features_(features), words_(table != nullptr ? features : 0) {}
+      : table_(table), features_(features), words_(table != nullptr ? round_up(features, kStep) : 0) {}
 
   void pack(const T* source, int64_t stride, int64_t rows) {
     const T* from[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
       from[r] = source + std::min(r, rows - 1) * stride;  // missing rows repeat the last
     }
-    int64_t f = 0;
-    for (; f + kStep <= features_; f += kStep) {
-      store_words(half_words(from, 0, f), half_words(from, kRows / 2, f), words_.data() + f);
-    }
-    for (; f < features_; ++f) {
-      words_.data()[f] = word(from, f);
-    }
+    in_steps(features_, [&](int64_t f, __mmask16 some) {
+      store_words(half_words(from, 0, f, some), half_words(from, kRows / 2, f, some), words_.data() + f);
+    });
+    next_ = source + rows * stride;
+    next_stride_ = stride;
   }
 
   // The outputs `part` of the packed rows, the first of them to target[0].
@@ -55,44 +53,43 @@ class PackedGather {
       to[r] = target + std::min(r, rows - 1) * stride;
     }
     const int32_t* table = table_ + part.begin;
-    int64_t j = 0;
-    for (; j + kStep <= part.size(); j += kStep) {
-      store_rows(gather(table + j), gather(table + j + kStep / 2), to, j);
-    }
-    for (; j < part.size(); ++j) {
-      store_row_elements(words_.data()[table[j]], to, j);
-    }
+    in_steps(part.size(), [&](int64_t j, __mmask16 some) {
+      prefetch_next(part.begin + j);
+      const __m512i index = _mm512_maskz_loadu_epi32(some, table + j);  // of missing outputs 0, which is a feature too
+      store_rows(gather(_mm512_castsi512_si256(index)), gather(_mm512_extracti64x4_epi64(index, 1)), to, j, some);
+    });
   }
 
  private:
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-  static_assert(sizeof(T) == sizeof(Bits));
-  static constexpr int64_t kStep = 16, kBits = 8 * sizeof(T);
+  static constexpr int64_t kStep = 16;
 
-  static uint64_t word(const T* const (&from)[kRows], int64_t f) {
-    uint64_t word = 0;
-    for (int64_t r = 0; r < kRows; ++r) {
-      Bits bits;
-      std::memcpy(&bits, from[r] + f, sizeof bits);
-      word |= uint64_t{bits} << (r * kBits);
+  // step(first, which of the 16 from there on exist), for all of them.
+  template <typename Step>
+  static void in_steps(int64_t size, const Step& step) {
+    int64_t f = 0;
+    for (; f + kStep <= size; f += kStep) {
+      step(f, static_cast<__mmask16>(-1));
     }
-    return word;
+    if (f < size) {
+      step(f, static_cast<__mmask16>((1 << (size - f)) - 1));
+    }
   }
 
-  static void store_row_elements(uint64_t word, T* const (&to)[kRows], int64_t j) {
+  // Gathers keep the ports for loads busy, not the memory: the rows that follow can come closer meanwhile. Behind the last
+  // ones lie other tokens or none, of which a prefetch takes no notice.
+  void prefetch_next(int64_t f) const {
     for (int64_t r = 0; r < kRows; ++r) {
-      const Bits bits = static_cast<Bits>(word >> (r * kBits));
-      std::memcpy(to[r] + j, &bits, sizeof bits);
+      _mm_prefetch(reinterpret_cast<const char*>(next_ + r * next_stride_ + f), _MM_HINT_T0);
     }
   }
 
   // The 32 bits that the rows from `row` on contribute to each of 16 words.
-  static __m512i half_words(const T* const (&from)[kRows], int64_t row, int64_t f) {
+  static __m512i half_words(const T* const (&from)[kRows], int64_t row, int64_t f, __mmask16 some) {
     if constexpr (sizeof(T) == 4) {
-      return _mm512_loadu_si512(from[row] + f);
+      return _mm512_maskz_loadu_epi32(some, from[row] + f);
     } else {
-      const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[row] + f)));
-      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[row + 1] + f)));
+      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from[row] + f));
+      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from[row + 1] + f));
       return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
     }
   }
@@ -104,18 +101,17 @@ class PackedGather {
     _mm512_store_si512(words + kStep / 2, _mm512_permutex2var_epi32(low, second, high));
   }
 
-  __m512i gather(const int32_t* table) const {
-    const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+  __m512i gather(__m256i index) const {
     return _mm512_i32gather_epi64(index, words_.data(), sizeof(uint64_t));
   }
 
   // Splits 16 words into rows.
-  static void store_rows(__m512i first, __m512i second, T* const (&to)[kRows], int64_t j) {
+  static void store_rows(__m512i first, __m512i second, T* const (&to)[kRows], int64_t j, __mmask16 some) {
     if constexpr (sizeof(T) == 4) {
       const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
       const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(1));
-      _mm512_storeu_si512(to[0] + j, _mm512_permutex2var_epi32(first, low, second));
-      _mm512_storeu_si512(to[1] + j, _mm512_permutex2var_epi32(first, high, second));
+      _mm512_mask_storeu_epi32(to[0] + j, some, _mm512_permutex2var_epi32(first, low, second));
+      _mm512_mask_storeu_epi32(to[1] + j, some, _mm512_permutex2var_epi32(first, high, second));
     } else {
       // Two neighbouring words become four pairs of features, one per row; then the pairs of each row come together.
       const __m512i pairs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
@@ -124,8 +120,8 @@ class PackedGather {
       second = _mm512_shuffle_epi8(second, pairs);
       for (int r = 0; r < kRows; r += 2) {
         const __m512i both = _mm512_permutex2var_epi32(first, _mm512_add_epi32(rows, _mm512_set1_epi32(r)), second);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[r] + j), _mm512_castsi512_si256(both));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[r + 1] + j), _mm512_extracti64x4_epi64(both, 1));
+        _mm256_mask_storeu_epi16(to[r] + j, some, _mm512_castsi512_si256(both));
+        _mm256_mask_storeu_epi16(to[r + 1] + j, some, _mm512_extracti64x4_epi64(both, 1));
       }
     }
   }
@@ -133,6 +129,8 @@ class PackedGather {
   const int32_t* table_;
   int64_t features_;
   Scratch<uint64_t> words_;
+  const T* next_ = nullptr;
+  int64_t next_stride_ = 0;
 };
 
 #else
