@@ -8,6 +8,7 @@ trains, through autocast, sharding of the weights, and compilation. Without list
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,11 +25,12 @@ class GradientListener(Protocol):
         """The gradient itself, `[out_features, in_features]`, of a layer that runs dense."""
 
 
-_listeners: dict[tuple[torch.device, int], GradientListener] = {}
+# Weak, so that a training that is given up midway leaves nobody behind who listens to memory that others use by then.
+_listeners: weakref.WeakValueDictionary[tuple[torch.device, int], GradientListener] = weakref.WeakValueDictionary()
 
 
 def listen(index: torch.Tensor, listener: GradientListener) -> None:
-    """Let `listener` have every gradient of the layer whose first index tensor this is, until `forget`."""
+    """Let `listener` have every gradient of the layer whose first index tensor this is, until `forget` or its end of life."""
     _listeners[_key(index)] = listener
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +25,8 @@ from padst_compile.errors import (
     UnknownFieldError,
 )
 from padst_compile.kernels import gradient_tap
-from padst_compile.testing.training import layers_of, loss_at, small_model
-from padst_compile.training.attach import _RUNTIMES
+from padst_compile.testing.training import batch, layers_of, loss_at, small_model
+from padst_compile.training.attach import runtime_of
 
 LEARNED = padst.LearnedPermutation()
 
@@ -45,7 +48,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 def assert_untouched(model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
     assert all(layer.soft is None and layer.gate is None for layer in layers_of(model))
-    assert all(layer not in _RUNTIMES for layer in layers_of(model))
+    assert all(runtime_of(layer) is None for layer in layers_of(model))
     assert not any(optimizer._optimizer_step_post_hooks or optimizer._optimizer_step_pre_hooks for optimizer in optimizers)
     assert all(gradient_tap.listener_of(layer.topology) is None for layer in layers_of(model))
 
@@ -242,6 +245,57 @@ def test_finalize_without_attach() -> None:
     padst.finalize(model)
     with pytest.raises(NotAttachedError):
         padst.finalize(model)
+
+
+@pytest.mark.parametrize("learned", ["autoshuffle", "sinkhorn_ste", "regroup"])
+def test_a_training_that_is_given_up_leaves_nothing_behind(learned: str) -> None:
+    """Neither the model, nor anybody who listens to memory that others may use by then."""
+    gc.collect()
+    listeners = len(gradient_tap._listeners)
+
+    def give_up() -> weakref.ref[nn.Module]:
+        model = permuted()
+        optimizer = sgd(model)
+        method = padst.LearnedPermutation(method=learned, interval=1)  # type: ignore[arg-type]  # a method
+        padst.attach(model, optimizer, config(interval=1, permutation=method))
+        train(model, optimizer, range(1))
+        assert len(gradient_tap._listeners) > listeners
+        return weakref.ref(model[0])
+
+    layer = give_up()
+    gc.collect()
+    assert layer() is None
+    assert len(gradient_tap._listeners) == listeners
+
+
+def test_a_model_outlives_its_optimizer_and_is_finalized_later() -> None:
+    def begin() -> nn.Module:
+        model = permuted()
+        optimizer = sgd(model)
+        padst.attach(model, optimizer, config(permutation=LEARNED))
+        train(model, optimizer, range(2))
+        return model
+
+    model = begin()
+    gc.collect()
+    assert layers_of(model)[0].soft is not None
+    padst.finalize(model)
+    assert_untouched(model)
+
+
+def test_copies_of_a_model_in_training_are_not_in_training() -> None:
+    model = permuted()
+    padst.attach(model, sgd(model), config(permutation=LEARNED))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(batch(0)[0]), model(batch(0)[0]))
+        with pytest.raises(NotAttachedError):
+            padst.finalize(twin)
+        padst.attach(twin, sgd(twin), config(permutation=LEARNED))
+        padst.finalize(twin)
+    padst.finalize(model)
 
 
 # Gradients that are not finite

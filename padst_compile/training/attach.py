@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -24,7 +23,7 @@ from padst_compile.training.world import World
 
 M = TypeVar("M", bound=nn.Module)
 
-_RUNTIMES: weakref.WeakKeyDictionary[PermutedSparseLinear, Runtime] = weakref.WeakKeyDictionary()
+_ATTRIBUTE = "_padst_training"
 _WRAPPERS = ("_orig_mod", "module")  # torch.compile; DistributedDataParallel
 
 
@@ -49,7 +48,7 @@ def attach(
         process_group: of the data-parallel ranks; None for the default group.
 
     Returns:
-        The runtime: metrics and checkpoints. The optimizers' hooks keep it alive until `finalize`.
+        The runtime: metrics and checkpoints. It lives until `finalize`, or as long as the model.
 
     Raises:
         AlreadyAttachedError: a runtime trains these layers already.
@@ -71,7 +70,7 @@ def attach(
             layer.soft = layer.gate = None
         raise
     for _, layer in named:
-        _RUNTIMES[layer] = runtime
+        setattr(layer, _ATTRIBUTE, _Owner(runtime))
     return runtime
 
 
@@ -89,14 +88,33 @@ def finalize(model: M) -> M:
         NotAttachedError: no runtime trains this model.
     """
     layers = [layer for _, layer in sparse_layers(unwrapped(model))]
-    runtimes = {id(_RUNTIMES[layer]): _RUNTIMES[layer] for layer in layers if layer in _RUNTIMES}
+    runtimes = {id(runtime): runtime for runtime in map(runtime_of, layers) if runtime is not None}
     if not runtimes:
         raise NotAttachedError("finalize ends what padst.attach began, and nothing is attached to this model")
     for runtime in runtimes.values():
         runtime.finish()
     for layer in layers:
-        _RUNTIMES.pop(layer, None)
+        layer.__dict__.pop(_ATTRIBUTE, None)
     return model
+
+
+class _Owner:
+    """What a layer knows of the runtime that trains it, which so lives as long as the model; copies and pickles know none."""
+
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        self.runtime = runtime
+
+    def __deepcopy__(self, memo: object) -> _Owner:
+        return _Owner()
+
+    def __reduce__(self) -> tuple[type[_Owner], tuple[()]]:
+        return _Owner, ()
+
+
+def runtime_of(layer: PermutedSparseLinear) -> Runtime | None:
+    """The runtime that trains this layer, or None."""
+    owner: _Owner | None = layer.__dict__.get(_ATTRIBUTE)
+    return None if owner is None else owner.runtime
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -123,7 +141,7 @@ def _check(
     if not any(layer.values.requires_grad for _, layer in named):
         raise AttachError("all sparse layers are frozen; set requires_grad on the values of those to train")
     for name, layer in named:
-        if layer in _RUNTIMES:
+        if runtime_of(layer) is not None:
             raise AlreadyAttachedError(
                 f"layer {name!r} is being trained already; call padst.finalize(model) before a second attach"
             )
