@@ -64,6 +64,7 @@ class Training(RuleBasedStateMachine):
             final_sparsity=0.9 if method in ("magnitude", "dynadiag") else None,
             permutation=learning or None,
             check_invariants=True,
+            staggered=False,
         )
         return model, optimizer, padst.attach(model, optimizer, config)
 
