@@ -13,9 +13,12 @@ from padst_compile.training import (
     PermutationReport,
     Runtime,
     attach,
+    export_weights,
     finalize,
+    load_checkpoint,
     permutation_report,
     presets,
+    save_checkpoint,
 )
 
 __version__ = "0.1.0"
@@ -37,11 +40,14 @@ __all__ = [
     "attach",
     "densify",
     "explain",
+    "export_weights",
     "finalize",
     "foldable_permutations",
+    "load_checkpoint",
     "load_spec",
     "permutation_report",
     "presets",
+    "save_checkpoint",
     "save_spec",
     "sparse_layers",
     "sparsify",

@@ -138,6 +138,10 @@ class ResumeError(PadstError, ValueError):
     """A training state that does not belong to this model and configuration."""
 
 
+class CheckpointError(PadstError, RuntimeError):
+    """A checkpoint that is missing or damaged, or that cannot be written."""
+
+
 class InvariantError(PadstError, AssertionError):
     """Topology, weights or optimizer state that contradict each other after an update."""
 

@@ -26,9 +26,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path.name)) as folder:
         draft = Path(folder) / path.name
         write(draft)
-        _sync(draft)
+        sync(draft)
         draft.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_drafts(path: Path) -> None:
@@ -41,7 +41,8 @@ def _prefix(name: str) -> str:
     return f".{name}."
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

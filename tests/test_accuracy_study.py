@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "accuracy"
 sys.path.insert(0, str(FOLDER))
 
-from grid import TASKS, cells, methods  # noqa: E402  # beside the scripts
-from report import write_report  # noqa: E402
-from statistics_of_seeds import estimate, paired, separates  # noqa: E402
+from grid import TASKS, cells, methods  # type: ignore[import-not-found]  # noqa: E402  # beside the scripts
+from report import write_report  # type: ignore[import-not-found]  # noqa: E402
+from statistics_of_seeds import estimate, paired, separates  # type: ignore[import-not-found]  # noqa: E402
 
 
 @pytest.mark.parametrize("size", TASKS)

@@ -409,6 +409,7 @@ def test_the_dense_weight_has_what_is_still_being_learned_multiplied_in(side: st
         nn.Sequential(nn.Linear(24, 16, dtype=torch.float64)),
         padst.SparsitySpec(Diagonal(), sparsity=0.5, permutation="learned", permutation_side=side),
     )[0]
+    assert isinstance(layer, PermutedSparseLinear)
     size = 24 if side == "input" else 16
     layer.soft = SoftPermutation(torch.rand(size, size, dtype=torch.float64), torch.tensor([SOFT], dtype=torch.uint8))
     layer.gate = torch.rand(layer.values.shape[0], 1, dtype=torch.float64)

@@ -58,30 +58,30 @@ class World:
             return happened
         return bool(self.add_up(torch.tensor([float(happened)], device=device)).item() > 0)
 
-    def problem(self, own: str | None) -> str | None:
-        """What is wrong on the first rank where something is, or None; so all ranks fail, or none."""
+    def first_error(self, own: Exception | None) -> Exception | None:
+        """The error of the first rank that has one, or None; so that all ranks fail, or none."""
         if self.size == 1:
             return own
-        found: list[str | None] = [None] * self.size
+        found: list[Exception | None] = [None] * self.size
         distributed.all_gather_object(found, own, group=self.group)
-        return next((problem for problem in found if problem is not None), None)
+        return next((error for error in found if error is not None), None)
 
     def on_first(self, action: Callable[[], str]) -> str:
         """What `action` returns on the first rank, which alone runs it.
 
         Raises:
-            OSError: it raised one; on all ranks.
+            OSError, RuntimeError: it raised one; on all ranks.
         """
         if self.size == 1:
             return action()
-        outcome: list[str | OSError | None] = [None]
+        outcome: list[str | Exception | None] = [None]
         if self.rank == 0:
             try:
                 outcome = [action()]
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 outcome = [error]
         distributed.broadcast_object_list(outcome, group=self.group, group_src=0)
-        if isinstance(outcome[0], OSError):
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
         assert outcome[0] is not None  # the first rank has set it
         return outcome[0]

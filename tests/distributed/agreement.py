@@ -55,6 +55,7 @@ def make_config(method: Method, permutation: PermutationMethod | None) -> padst.
         total_steps=STEPS,
         final_sparsity=0.8 if method in ("magnitude", "dynadiag") else None,
         check_invariants=True,
+        staggered=False,
         permutation=permutation and padst.LearnedPermutation(method=permutation, deadline=0.6, fraction=0.5, gain=0.0),
     )
 

@@ -1,0 +1,312 @@
+"""Checkpoints of trainings on any number of ranks: model, optimizers, runtime, and whatever the user adds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from padst_compile.errors import CheckpointError, PadstError, ResumeError
+from padst_compile.files import replace_file, sync
+from padst_compile.training import optimizer_state
+from padst_compile.training.attach import unwrapped
+from padst_compile.training.checkpoint_folder import CheckpointFolder
+from padst_compile.training.runtime import Runtime
+from padst_compile.training.sharding import resharder
+from padst_compile.training.world import World
+
+_VERSION = 1
+_STATE = "state.pt"  # what is the same on all ranks, beside the tensors of model and optimizers
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    runtime: Runtime | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a training between two optimizer steps; of a distributed one, all ranks call this, and see the same folder.
+
+    The checkpoint before stays until the new one is complete and on the disk, then it is deleted. Sharded weights are written
+    by the ranks that hold them. The states of torch's random number generators are saved for each rank.
+
+    Args:
+        path: a folder for one checkpoint; made if it does not exist.
+        model: as given to `attach`: plain, in `DistributedDataParallel`, after `fully_shard`, or compiled.
+        optimizer: one or several.
+        runtime: from `attach`; None for a training without.
+        extra: of the first rank: schedulers, gradient scaler, position in the data; tensors, numbers, strings, and lists and
+            dictionaries of them.
+
+    Raises:
+        CheckpointError: it cannot be written, or `extra` holds something else; on all ranks. The one before is still there.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    training, folder = _Training(model, optimizer, runtime), CheckpointFolder(Path(path))
+    world = training.world
+    _raise(world.first_error(_unfit(extra)))
+    state = {**training.state(), "extra": dict(extra or {})}
+
+    def publish() -> str:
+        torch.save(state, folder.path / name / _STATE)
+        sync(folder.path / name / _STATE)
+        folder.publish(name)
+        return name
+
+    with _as_checkpoint_error(f"the checkpoint in {path} could not be written"):
+        name = world.on_first(folder.begin)
+        writer = FileSystemWriter(folder.path / name)  # its files are on the disk when this returns
+        save(training.tensors(), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
+        world.on_first(publish)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    runtime: Runtime | None = None,
+) -> dict[str, Any]:
+    """Continue from `save_checkpoint`, with any number of ranks and any way to distribute the model; all ranks call this.
+
+    Make model, optimizer and runtime as for the beginning of the training, then call this. With as many ranks as before, the
+    training goes on as if it had not been interrupted, bit for bit where the arithmetic is deterministic; the states of random
+    number generators are loaded then. While it loads, weights and optimizer state exist twice.
+
+    Args:
+        path: the folder. Python objects are read from it: load checkpoints only of those whom you trust.
+        model: as for `save_checkpoint`.
+        optimizer: the same.
+        runtime: the same.
+
+    Returns:
+        `extra`, as saved.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged; on all ranks, and nothing has changed.
+        ResumeError: it is of another model, optimizer or configuration; on all ranks, and nothing has changed.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    training, error = _Training(model, optimizer, runtime), None
+    try:
+        data = CheckpointFolder(Path(path)).current()
+        state, stored = _read_state(data), _read_metadata(data)
+        training.check(state, stored)
+        room = training.room_for(state, stored)
+    except PadstError as caught:
+        error = caught
+    _raise(training.world.first_error(error))
+    with _as_checkpoint_error(f"the checkpoint in {path} is damaged"):
+        reader, world = FileSystemReader(data), training.world
+        load(room, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
+    training.load(state, room)
+    extra: dict[str, Any] = state["extra"]
+    return extra
+
+
+def export_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Write a model's state as one safetensors file, whole tensors where they are sharded; all ranks call this.
+
+    The file loads with `model.load_state_dict(safetensors.torch.load_file(path))` into a model that is sparsified alike.
+    Shared tensors are written under each of their names.
+
+    Args:
+        path: of the file, which is replaced atomically.
+        model: in training or finalized.
+
+    Raises:
+        CheckpointError: it cannot be written; on all ranks.
+    """
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    resharder(model)()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)  # on the first rank; of others nothing is asked
+
+    def write() -> str:
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        shared = _shared(tensors)
+        tensors = {name: value.clone() if name in shared else value.contiguous() for name, value in tensors.items()}
+        replace_file(Path(path), lambda draft: save_file(tensors, draft, {"format": "pt"}))
+        return str(path)
+
+    with _as_checkpoint_error(f"{path} could not be written"):
+        World().on_first(write)
+
+
+class _Training:
+    """All that a checkpoint holds, as tensors that ranks may share out among them, and the rest."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], runtime: Runtime | None
+    ) -> None:
+        resharder(model)()
+        self.model, self.runtime = model, runtime
+        self.optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+        self.world = World() if runtime is None else runtime.world
+        self.names = optimizer_state.parameter_names(unwrapped(model))
+
+    def state(self) -> dict[str, Any]:
+        """What is the same on all ranks, but for the tensors of model and optimizers."""
+        return {
+            "version": _VERSION,
+            "ranks": self.world.size,
+            "runtime": None if self.runtime is None else self.runtime.state_dict(),
+            "optimizers": [optimizer_state.rest_of(optimizer, self.names) for optimizer in self.optimizers],
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        """Those of model, optimizers and random number generators."""
+        found = {f"model.{name}": value for name, value in self._model_state().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            found |= _prefixed(f"optimizer.{number}.", optimizer_state.tensors_of(optimizer, self.names))
+        return found | _random_states(self.world.rank)
+
+    def check(self, state: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+        """Raise ResumeError if a checkpoint with this state and these tensors' metadata does not belong to this training."""
+        if (state["runtime"] is None) != (self.runtime is None):
+            how = "without" if state["runtime"] is None else "with"
+            raise ResumeError(f"the checkpoint was saved {how} a runtime; load it {how} one")
+        if self.runtime is not None:
+            self.runtime.check(state["runtime"])
+        _check_model(self._model_state(), _below("model.", stored))
+        if len(state["optimizers"]) != len(self.optimizers):
+            raise ResumeError(f"the checkpoint has {len(state['optimizers'])} optimizers, this training {len(self.optimizers)}")
+        for optimizer, rest in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer_state.check(optimizer, self.names, rest)
+
+    def room_for(self, state: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors to read a checkpoint into, distributed as this training is."""
+        room = {
+            f"model.{name}": torch.empty_like(value) if isinstance(value, torch.Tensor) else value
+            for name, value in self._model_state().items()
+        }
+        for number, optimizer in enumerate(self.optimizers):
+            prefix = f"optimizer.{number}."
+            sizes = {name: (entry.size, entry.properties.dtype) for name, entry in _below(prefix, stored).items()}
+            room |= _prefixed(prefix, optimizer_state.room_for(optimizer, self.names, sizes))
+        if state["ranks"] == self.world.size:
+            room |= {name: value for name, value in _random_states(self.world.rank).items() if name in stored}
+        return room
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Take a checkpoint over that `check` has found to fit."""
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+        set_model_state_dict(self.model, _below("model.", tensors))
+        for number, (optimizer, rest) in enumerate(zip(self.optimizers, state["optimizers"], strict=True)):
+            optimizer_state.load(optimizer, self.names, _below(f"optimizer.{number}.", tensors), rest)
+        if self.runtime is not None:
+            self.runtime.load_state_dict(state["runtime"])
+        _set_random_states(self.world.rank, tensors)
+
+    def _model_state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        return get_model_state_dict(self.model)
+
+
+def _check_model(own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    if own.keys() != stored.keys():
+        odd = sorted(own.keys() ^ stored.keys())
+        raise ResumeError(f"the checkpoint is of another model: they differ in {', '.join(odd[:3])}")
+    for name, value in own.items():
+        if isinstance(value, torch.Tensor):
+            here, there = (value.dtype, list(value.shape)), (stored[name].properties.dtype, list(stored[name].size))
+            if here != there:
+                raise ResumeError(f"{name} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} here")
+
+
+def _read_state(data: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(data / _STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the checkpoint in {data.parent} is damaged: {_STATE} cannot be read ({error})") from error
+    if state.get("version") != _VERSION:
+        raise CheckpointError(f"{data.parent}: checkpoints of version {_VERSION} can be loaded, not {state.get('version')!r}")
+    return state
+
+
+def _read_metadata(data: Path) -> dict[str, Any]:
+    """Sizes and dtypes of the stored tensors."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    try:
+        return dict(FileSystemReader(data).read_metadata().state_dict_metadata)
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the checkpoint in {data.parent} is damaged: its index cannot be read ({error})") from error
+
+
+def _unfit(extra: Mapping[str, Any] | None) -> CheckpointError | None:
+    """Why `extra` could not be loaded again."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(dict(extra or {}), buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except (pickle.PicklingError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        return CheckpointError(f"extra takes tensors, numbers, strings, lists and dictionaries alone: {error}")
+    return None
+
+
+def _random_states(rank: int) -> dict[str, torch.Tensor]:
+    states = {f"random.{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_states(rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    if f"random.{rank}.cpu" in tensors:
+        torch.set_rng_state(tensors[f"random.{rank}.cpu"])
+    if f"random.{rank}.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"random.{rank}.cuda"])
+
+
+def _shared(tensors: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of tensors in memory that an earlier one uses."""
+    seen: set[int] = set()
+    found = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            found.add(name)
+        seen.add(place)
+    return found
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in values.items()}
+
+
+def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(what: str) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        raise CheckpointError(f"{what}: {reasons}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{what}: {error}") from error

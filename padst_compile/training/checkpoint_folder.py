@@ -1,0 +1,67 @@
+"""A folder that holds one complete checkpoint at any moment, whenever the processes that write it are killed.
+
+<folder>/current        the name of the complete one, replaced atomically
+<folder>/data-<token>/  one checkpoint; any but the current one is a draft, or about to be deleted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from pathlib import Path
+
+from padst_compile.errors import CheckpointError
+from padst_compile.files import remove_drafts, replace_file, sync
+
+_PREFIX = "data-"
+
+
+class CheckpointFolder:
+    """See the module.
+
+    Args:
+        path: of the folder; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pointer = path / "current"
+
+    def current(self) -> Path:
+        """The complete checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        try:
+            name = self._pointer.read_text()
+        except OSError as error:
+            raise CheckpointError(f"there is no checkpoint in {self.path} ({error.strerror}); save one first") from error
+        data = self.path / name
+        if not name.startswith(_PREFIX) or not data.is_dir():
+            raise CheckpointError(f"the checkpoint in {self.path} is damaged: it names {name!r}, which is not there")
+        return data
+
+    def begin(self) -> str:
+        """Clear away what is not complete and make room for a new checkpoint: the name of its folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_drafts(self._pointer)
+        self._clear()
+        name = f"{_PREFIX}{secrets.token_hex(8)}"
+        (self.path / name).mkdir()
+        return name
+
+    def publish(self, name: str) -> None:
+        """Make the new checkpoint, whose files are on the disk, the current one, and delete the one before."""
+        sync(self.path / name)
+        replace_file(self._pointer, lambda draft: draft.write_text(name))
+        self._clear()
+
+    def _clear(self) -> None:
+        keep = None
+        with contextlib.suppress(CheckpointError):
+            keep = self.current()
+        for data in self.path.glob(f"{_PREFIX}*"):
+            if data != keep:
+                shutil.rmtree(data)
