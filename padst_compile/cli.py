@@ -50,7 +50,7 @@ StructureName = Annotated[
     str, typer.Option(help="block:64, block:32x64, nm:1:10, nm:1:10:8, diagonal, diagonal:16, unstructured")
 ]
 Sparsity = Annotated[float | None, typer.Option(help="fraction of zeros; N:M has its own")]
-PermutationName = Annotated[str, typer.Option(help="none, random or learned")]
+PermutationName = Annotated[str, typer.Option(help="none, random, kaleidoscope or learned")]
 Side = Annotated[str, typer.Option(help="input, output or smaller")]
 Batch = Annotated[int, typer.Option(min=1, help="images or sequences")]
 Tokens = Annotated[int, typer.Option(min=1, help="length of a sequence; rows for linear:")]
@@ -196,7 +196,7 @@ def train(
     ] = None,
     structure: Annotated[str, typer.Option(help="as for bench, or dense")] = "block:16",
     sparsity: Sparsity = None,
-    permutation: Annotated[str, typer.Option(help="none, random, autoshuffle, sinkhorn_ste or regroup")] = "none",
+    permutation: Annotated[str, typer.Option(help="none, random, kaleidoscope, autoshuffle, sinkhorn_ste or regroup")] = "none",
     side: Side = "input",
     foldable: Annotated[bool, typer.Option("--foldable", help="only permutations that cost nothing in this model")] = False,
     targets: Targets = None,

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from padst_compile import permutation
+from padst_compile import kaleidoscope, permutation
 from padst_compile.errors import FeatureMismatchError, InvalidPermutationError
 from padst_compile.kernels.permute import permute
 from padst_compile.kernels.soft_permute import SOFT, soft_permute
@@ -295,7 +295,8 @@ def _initial_permutation(plan: LayerPlan) -> tuple[torch.Tensor | None, Literal[
     side: Literal["input", "output"] = "input" if plan.permutes_input else "output"
     if plan.spec.permutation == "learned":
         return permutation.identity(plan.permuted_features, device="cpu"), side
-    return permutation.random(plan.permuted_features, plan.generator("permutation")), side
+    draw = kaleidoscope.random if plan.spec.permutation == "kaleidoscope" else permutation.random
+    return draw(plan.permuted_features, plan.generator("permutation")), side
 
 
 def _scores(plan: LayerPlan, dense: torch.Tensor) -> torch.Tensor:

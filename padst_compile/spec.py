@@ -15,7 +15,7 @@ from padst_compile.errors import PatternError, SparsityMismatchError, SpecError,
 from padst_compile.files import replace_text
 from padst_compile.structures import Structure, parse, structure_from_dict
 
-PermutationKind: TypeAlias = Literal["none", "random", "learned"]
+PermutationKind: TypeAlias = Literal["none", "random", "kaleidoscope", "learned"]
 PermutationSide: TypeAlias = Literal["input", "output", "smaller"]
 PermutationGroup: TypeAlias = Literal["any", "foldable"]
 Distribution: TypeAlias = Literal["uniform", "erk"]
@@ -45,7 +45,8 @@ class SparsitySpec:
     Args:
         structure: `Block`, `NM`, `Diagonal`, `Unstructured`, or the short form (`"block:64"`).
         sparsity: fraction of zeros, in [0, 1). N:M fixes it itself and takes None.
-        permutation: `"none"`, `"random"` (one fixed permutation per layer) or `"learned"` (starts as the identity).
+        permutation: `"none"`, `"random"` (one fixed permutation per layer), `"kaleidoscope"` (the same, from a network of
+            exchanges, as a control for structured permutations) or `"learned"` (starts as the identity).
         permutation_side: permute the layer's `"input"`, its `"output"`, or the `"smaller"` of the two (PA-DST section 3).
         permutation_group: `"any"` permutation, or only those that the model's graph folds for nothing (`"foldable"`, see
             `padst.foldable_permutations`; `sparsify` then needs example inputs).

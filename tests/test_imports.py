@@ -24,6 +24,7 @@ LAYERS = (
     "errors",
     "files",
     "permutation",
+    "kaleidoscope",
     "tolerance",
     "structures",
     "distribution",

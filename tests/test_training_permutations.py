@@ -17,10 +17,9 @@ from padst_compile.errors import InvalidPermutationError, PermutationScoresError
 from padst_compile.layers import LayerConfig, PermutedSparseLinear
 from padst_compile.structures import Block, Shape
 from padst_compile.testing.strategies import permutations
-from padst_compile.training.permutations import birkhoff, blocks, kaleidoscope
+from padst_compile.training.permutations import birkhoff, blocks
 from padst_compile.training.permutations.assignment import harden, harden_blocks
 from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_harden, weight_at
-from padst_compile.training.permutations.gradient import block_gradient, permutation_gradient
 from padst_compile.training.permutations.report import distance
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE, sinkhorn, temperature_at
 
@@ -400,7 +399,8 @@ def test_sinkhorn_ste_finds_a_planted_permutation_within_its_blocks(size: int, w
     for _ in range(60):
         x = torch.randn(64, size, generator=generator)
         difference = x[:, learner.hard().long()] - x[:, target.long()]  # of the loss |x[p] - x[target]|^2 / 2
-        learner.update(block_gradient(difference, x, learner.places, learner.features) / 64)
+        whole = difference.T @ x / 64  # of the loss by the permutation's matrix
+        learner.update(whole[learner.places[:, :, None], learner.features[:, None, :]])
     assert torch.equal(learner.hard(), target)
     assert learner.update_count == 60
 
@@ -461,81 +461,6 @@ def test_sinkhorn_ste_refuses_other_blocks_layers_and_methods() -> None:
     ):
         with pytest.raises(ResumeError, match=f"fc: .*{message}"):
             six.load_state_dict(state)
-
-
-# Gradients of permutations
-
-
-@given(st.integers(0, 9), st.integers(1, 6), st.integers(1, 4), SEEDS)
-def test_the_gradient_of_a_permutation_is_that_of_its_matrix(tokens: int, size: int, chunk: int, seed: int) -> None:
-    x, cotangent = integers(tokens, size, seed=seed), integers(tokens, size, seed=seed + 1)
-    matrix = birkhoff.matrix_of(permutation.random(size, seeded(seed)), torch.float64).requires_grad_()
-    (expected,) = torch.autograd.grad(x @ matrix.T, matrix, cotangent)
-    assert torch.equal(permutation_gradient(cotangent, x, chunk=chunk), expected)
-    half = size // 2 + 1
-    places, features = (torch.randperm(size, generator=seeded(seed + k))[:half].expand(2, -1) for k in (2, 3))
-    parts = block_gradient(cotangent, x, places, features, chunk=chunk)
-    for part in parts:
-        assert torch.equal(part, expected[places[0]][:, features[0]])
-
-
-def test_leading_dimensions_are_tokens_and_inputs_need_not_be_contiguous() -> None:
-    x, cotangent = integers(4, 5, 3, seed=0).transpose(0, 1), integers(5, 4, 3, seed=1)
-    expected = permutation_gradient(cotangent.reshape(-1, 3), x.reshape(-1, 3))
-    assert torch.equal(permutation_gradient(cotangent, x), expected)
-
-
-def test_16_bit_inputs_are_accumulated_in_float32() -> None:
-    ones = torch.ones(3000, 2, dtype=torch.bfloat16)
-    assert torch.equal(permutation_gradient(ones, ones), torch.full((2, 2), 3000.0))  # bfloat16 has no 3000
-    places = torch.arange(2)[None]
-    assert torch.equal(block_gradient(ones, ones, places, places, chunk=7), torch.full((1, 2, 2), 3000.0))
-
-
-def test_a_sample_of_tokens_estimates_without_bias() -> None:
-    x, cotangent = torch.randn(40, 3, generator=seeded(0)).double(), torch.randn(40, 3, generator=seeded(1)).double()
-    exact = permutation_gradient(cotangent, x)
-    generator = seeded(2)
-    samples = torch.stack([permutation_gradient(cotangent, x, tokens=10, generator=generator) for _ in range(2000)])
-    error = samples.std(0) / 2000**0.5
-    assert bool(((samples.mean(0) - exact).abs() < 5 * error).all())
-    assert torch.equal(permutation_gradient(cotangent, x, tokens=40), exact)
-    again = permutation_gradient(cotangent, x, tokens=10, generator=seeded(2))
-    assert torch.equal(samples[0], again)
-
-
-# Kaleidoscope
-
-
-@given(st.integers(1, 100), SEEDS)
-def test_a_kaleidoscope_permutation_is_one_and_reproducible(size: int, seed: int) -> None:
-    p = kaleidoscope.random(size, seeded(seed))
-    assert p.dtype == torch.int32
-    assert torch.equal(permutation.check(p, size, "kaleidoscope"), p)
-    assert torch.equal(p, kaleidoscope.random(size, seeded(seed)))
-
-
-def test_a_butterfly_of_four_reaches_sixteen_of_24_permutations_equally_often() -> None:
-    generator = seeded(0)
-    counts: dict[tuple[int, ...], int] = {}
-    for _ in range(3200):
-        key = tuple(kaleidoscope.random(4, generator).tolist())
-        counts[key] = counts.get(key, 0) + 1
-    reachable = set()
-    for bits in itertools.product((0, 1), repeat=4):
-        p = [0, 1, 2, 3]
-        for bit, (a, b) in zip(bits, ((0, 1), (2, 3), (0, 2), (1, 3)), strict=True):
-            if bit:
-                p[a], p[b] = p[b], p[a]
-        reachable.add(tuple(p))
-    assert len(reachable) == 16
-    assert counts.keys() == reachable
-    assert all(120 < count < 280 for count in counts.values())  # 200 +- 6 standard deviations
-
-
-def test_odd_factors_mix_too() -> None:
-    seen = torch.stack([kaleidoscope.random(12, seeded(seed)) for seed in range(300)])
-    assert all(seen[:, place].unique().numel() == 12 for place in range(12))
 
 
 # Report

@@ -14,7 +14,7 @@ from padst_compile.training.config import Method, PermutationMethod
 DENSE = "dense"
 FIXED = "none"  # as a method: no runtime at all; as a permutation: there is none
 LEARNED: tuple[PermutationMethod, ...] = get_args(PermutationMethod)
-PERMUTATIONS = (FIXED, "random", *LEARNED)
+PERMUTATIONS = (FIXED, "random", "kaleidoscope", *LEARNED)
 METHODS = (FIXED, *get_args(Method))
 PRUNING: tuple[Method, ...] = ("magnitude", "dynadiag")  # they begin with all weights
 _SPARSITY = 0.9

@@ -21,7 +21,8 @@ class LearnedPermutation:
         method: `"autoshuffle"` relaxes them to doubly stochastic matrices under a penalty (PA-DST; Lyu et al. 2020);
             `"sinkhorn_ste"` keeps them hard and learns logits behind them (PermLLM); `"regroup"` moves columns between units
             by the scores that topology updates use.
-        learning_rate: of the soft matrices (in units of `1 / features`) or logits.
+        learning_rate: of soft matrices or logits, as a multiple of the method's own. Lower ones follow the task rather than
+            chance, and take longer.
         penalty_weight: λ of autoshuffle, reached after `warmup` of the training.
         threshold: normalised penalty, in [0, 1), under which a layer's permutation becomes hard.
         warmup: fraction of `total_steps` over which λ rises.

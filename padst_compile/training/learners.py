@@ -25,6 +25,11 @@ from padst_compile.training.sharding import local, whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
+# Learning rates of Adam: of soft matrices in units of 1/n, and of logits. In an experiment with a planted permutation of 64
+# features under noise, 1.0/n found 0.3 of it in 400 steps, 0.3/n 0.4 in 700, and 0.1/n 0.5 in 1200.
+_AUTOSHUFFLE_RATE = 0.2
+_SINKHORN_RATE = 0.05
+
 _NOTHING: tuple[tuple[Reducer, ...], tuple[Reducer, ...]] = ((), ())
 
 
@@ -61,7 +66,7 @@ class AutoShuffleLearner:
         self._gradient = _MatrixGradient()
 
     def _make(self, matrix: torch.Tensor) -> AutoShuffle:
-        return AutoShuffle(matrix, learning_rate=self.method.learning_rate, owner=self.trained.name)
+        return AutoShuffle(matrix, learning_rate=_AUTOSHUFFLE_RATE * self.method.learning_rate, owner=self.trained.name)
 
     @property
     def penalty(self) -> float:
@@ -201,7 +206,7 @@ class SinkhornLearner:
             permutation,
             split([torch.arange(size)], size, method.group, trained.name),
             updates=max(1, self._deadline // self._interval),
-            learning_rate=0.05 * method.learning_rate,
+            learning_rate=_SINKHORN_RATE * method.learning_rate,
             owner=trained.name,
         )
         self._gradient = _BlockGradient(trained, self._learner)

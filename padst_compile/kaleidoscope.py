@@ -1,4 +1,4 @@
-"""A control for learned permutations: structured ones, from a network of exchanges like that of kaleidoscope matrices."""
+"""Structured random permutations, from a network of exchanges like that of kaleidoscope matrices: a control for others."""
 
 from __future__ import annotations
 
