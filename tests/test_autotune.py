@@ -397,7 +397,7 @@ def test_eager_products_ask_for_their_tiles_and_compute_the_same_with_any(traini
     with tiles.recorded() as problems:
         expected = run()
     product = Problem("native_block", "block:16x16", 64, 48, values.numel(), 128, "float32", "ieee", "in", "bias", device="cpu")
-    gradient = Problem("native_block", "block:16x16", 48, 64, values.numel(), 128, "float32", device="cpu")
+    gradient = Problem("native_block", "block:16x16", 48, 64, values.numel(), 128, "float32", "ieee", "out", device="cpu")
     assert problems == ([product, gradient] if training else [product])
     for tokens in (1, 48, 128, 1000):
         with tiles.given_tiles(dict.fromkeys(problems, Tile(tokens, 0, 0))):

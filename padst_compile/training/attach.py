@@ -55,7 +55,8 @@ def attach(
         AttachError: no sparse layers, an optimizer that does not hold them, tensor-parallel layers, or a configuration that
             does not fit.
     """
-    optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    given = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+    optimizers = tuple(_inner(each) for each in given)
     reshard, world = resharder(model), World(process_group)
     reshard()
     named = list(sparse_layers(unwrapped(model)))
@@ -115,6 +116,12 @@ def runtime_of(layer: PermutedSparseLinear) -> Runtime | None:
     """The runtime that trains this layer, or None."""
     owner: _Owner | None = layer.__dict__.get(_ATTRIBUTE)
     return None if owner is None else owner.runtime
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps, inside a wrapper like accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _inner(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

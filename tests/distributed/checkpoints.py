@@ -1,0 +1,49 @@
+"""A training on several ranks that saves or goes on: `checkpoints.py FOLDER KIND FIRST LAST OUT`, run by torchrun.
+
+Takes the steps FIRST to LAST on data that do not depend on the number of ranks, from the checkpoint in FOLDER if FIRST is
+not 0, saves into FOLDER at the end, and writes the whole weights to OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import padst_compile as padst
+
+
+def main() -> None:
+    folder, kind, first, last, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 48, dtype=torch.float64), nn.Tanh(), nn.Linear(48, 32, dtype=torch.float64))
+    spec = padst.SparsitySpec(padst.Block(8), sparsity=0.5, permutation="learned")
+    padst.sparsify(layers, spec)
+    model: nn.Module = DistributedDataParallel(layers) if kind == "ddp" else cast("nn.Module", fully_shard(layers))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    learned = padst.LearnedPermutation("autoshuffle", deadline=0.8)
+    config = padst.DSTConfig("set", interval=3, end=1.0, total_steps=12, check_invariants=True, permutation=learned)
+    runtime = padst.attach(model, optimizer, config)
+    if first > 0:
+        first = padst.load_checkpoint(folder, model, optimizer, runtime)["step"]
+    for step in range(first, last):
+        x = torch.randn(8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).chunk(size)[rank]
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    padst.save_checkpoint(folder, model, optimizer, runtime, {"step": last})
+    padst.finalize(model)
+    padst.export_weights(out, model)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
