@@ -27,6 +27,7 @@ LAYERS = (
     "kaleidoscope",
     "tolerance",
     "structures",
+    "permutation_search",
     "distribution",
     "spec",
     "planning",

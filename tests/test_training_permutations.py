@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from padst_compile import permutation
 from padst_compile.errors import InvalidPermutationError, PermutationScoresError, ResumeError
 from padst_compile.layers import LayerConfig, PermutedSparseLinear
+from padst_compile.permutation_search.assignment import harden, harden_blocks
 from padst_compile.structures import Block, Shape
 from padst_compile.testing.strategies import permutations
 from padst_compile.training.permutations import birkhoff, blocks
-from padst_compile.training.permutations.assignment import harden, harden_blocks
 from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_harden, weight_at
 from padst_compile.training.permutations.report import distance
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE, sinkhorn, temperature_at

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from padst_compile import permutation
 from padst_compile.errors import PermutationScoresError, StructureMismatchError
+from padst_compile.permutation_search.units import PlaceUnits, place_units
 from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology, Unstructured
 from padst_compile.testing.strategies import PackedWeight, packed_weights
 from padst_compile.training.permutations.regroup import benefit, combine, regroup
-from padst_compile.training.permutations.units import PlaceUnits, place_units
 
 SEEDS = st.integers(0, 2**32 - 1)
 FRACTIONS = st.floats(0.0, 1.0)

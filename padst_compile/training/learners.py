@@ -11,6 +11,7 @@ import torch
 from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT
 from padst_compile.layers import SoftPermutation
+from padst_compile.permutation_search.units import PlaceUnits, place_units
 from padst_compile.training.collector import Reducer
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import PermutationLearner
@@ -19,7 +20,6 @@ from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_
 from padst_compile.training.permutations.blocks import split
 from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
-from padst_compile.training.permutations.units import PlaceUnits, place_units
 from padst_compile.training.rearrange import reorder_features
 from padst_compile.training.sharding import local, whole
 from padst_compile.training.trained_layer import TrainedLayer

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from padst_compile.permutation_search.assignment import harden
 from padst_compile.training.permutations import birkhoff
 from padst_compile.training.permutations.adam import Adam
-from padst_compile.training.permutations.assignment import harden
 
 
 def weight_at(step: int, warmup: int, weight: float) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from padst_compile.training.permutations.assignment import harden
-from padst_compile.training.permutations.units import PlaceUnits
+from padst_compile.permutation_search.assignment import harden
+from padst_compile.permutation_search.units import PlaceUnits
 
 
 def combine(

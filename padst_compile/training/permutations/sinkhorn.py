@@ -14,8 +14,8 @@ import torch
 
 from padst_compile import permutation
 from padst_compile.errors import ResumeError
+from padst_compile.permutation_search.assignment import harden_blocks
 from padst_compile.training.permutations.adam import Adam
-from padst_compile.training.permutations.assignment import harden_blocks
 from padst_compile.training.permutations.blocks import Blocks
 
 _NEVER = -1e9  # a logit whose exponential is exactly 0; infinite ones would make gradients NaN

@@ -1,0 +1,1 @@
+"""Which feature belongs where: from scores to permutations, by linear assignment."""
