@@ -38,6 +38,8 @@ _SPARSE_BYTES = e * (T * K + A + T * N)
 DENSE = L + sympy.Max(2 * T * K * N / F, e * (T * K + K * N + T * N) / B)
 BLOCK = L + sympy.Max(2 * T * A / (_BLOCK_EFFICIENCY * F), _SPARSE_BYTES / B)
 BATCHED = L + sympy.Max(2 * T * A / (_BATCHED_EFFICIENCY * _BLOCK_EFFICIENCY * F), 3 * _SPARSE_BYTES / B)
+REGISTERED = L + sympy.Max(2 * T * A / (F / 2), _SPARSE_BYTES / B)
+"""A kernel of somebody else's, of which nothing is known: half of the machine's rate."""
 GATHER = L + sympy.Max(2 * T * A / (_GATHER_EFFICIENCY * V), _SPARSE_BYTES / B)
 UNPACKED = DENSE + 2 * e * K * N / B
 """The product through a dense weight that is made anew for each call."""
@@ -87,6 +89,8 @@ def _formula(problem: LayerProblem, kernel: Kernel) -> sympy.Expr:
     """Of the product, and of each gradient: all compute active weights alone, or all the dense product."""
     if kernel == "dense":
         return DENSE
+    if kernel == "registered":
+        return REGISTERED
     if isinstance(parse(problem.structure), Block):
         return BATCHED if kernel == "aten" else BLOCK
     return UNPACKED if kernel == "aten" else GATHER

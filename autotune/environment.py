@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from padst_compile import registered
 from padst_compile.kernels import native
 
 _KERNELS = Path(native.__file__).parent.parent
@@ -24,7 +25,7 @@ class Environment:
         processor: name of the processor or GPU: an H100 and an H200 share their capability, not their speed.
         capability: its instruction set or compute capability.
         threads: of the CPU; 0 for a GPU.
-        kernels: hash of the kernels' sources.
+        kernels: hash of the kernels' sources; behind it that of the code that others registered for the structure.
         torch: its version.
         triton: its version, empty where it is not installed.
     """
@@ -37,10 +38,11 @@ class Environment:
     triton: str
 
 
-def environment(device: str) -> Environment:
-    """Where this process runs, for a type of device."""
+def environment(device: str, structure: str = "") -> Environment:
+    """Where this process runs, for a type of device and the short form of a structure."""
     threads = torch.get_num_threads() if device == "cpu" else 0
-    return _environment(device, threads)
+    found, version = _environment(device, threads), registered.version_of(structure.partition(":")[0])
+    return dataclasses.replace(found, kernels=f"{found.kernels}-{version[:12]}") if version else found
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class KernelChoice:
     """What runs a layer, and why.
 
     Args:
-        kernel: "native" (C++), "triton", "aten" or "dense".
+        kernel: "native" (C++), "triton", "registered" (somebody else's), "aten" or "dense".
         reason: a sentence for the user.
         sparse_seconds: median time of the best sparse kernel, where it was measured.
         dense_seconds: median time of the dense product, where it was measured.
@@ -78,7 +78,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def _find(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> Found | None:
-    key, results = Key(problem, environment(problem.device)), library()
+    key, results = Key(problem, environment(problem.device, problem.structure)), library()
     found = results.exact(key)
     if measures(effort) and not _good_enough(found, effort) and not _capturing():
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeAlias
 
-Kernel: TypeAlias = Literal["native", "triton", "aten", "dense"]
+Kernel: TypeAlias = Literal["native", "triton", "registered", "aten", "dense"]
 
 _MOST_TOKENS = {"cpu": 1 << 12}  # what a measurement may take
 _MOST_TOKENS_ELSEWHERE = 1 << 16

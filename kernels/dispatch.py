@@ -12,14 +12,14 @@ from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.diagonal.blocks import BlockTables, block_size, block_tables
 from padst_compile.kernels.diagonal.transpose import transpose as diagonal_transpose
-from padst_compile.kernels.formats import format_of, register_format
+from padst_compile.kernels.formats import Format, format_of, register_format, registered_kernel
 from padst_compile.kernels.native.tiles import token_tile
 from padst_compile.kernels.permute import gather_features
 from padst_compile.kernels.triton_product import TritonProduct
 from padst_compile.permutation import compose, inverse
 from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology
 
-SparseKernel: TypeAlias = Literal["native", "triton", "aten"]
+SparseKernel: TypeAlias = Literal["native", "triton", "registered", "aten"]
 
 register_format(Block.kind, block_aten.BlockFormat())
 
@@ -35,7 +35,9 @@ _LEAST_TOKENS = 512  # with which reordering the weights takes less than it save
 
 
 def kernel_for(structure: Structure, device: torch.device, dtype: torch.dtype) -> SparseKernel:
-    """What multiplies this structure here: C++ ("native"), Triton, or ATen."""
+    """What multiplies this structure here: a kernel that somebody registered, C++ ("native"), Triton, or ATen."""
+    if registered_kernel(structure, device, dtype) is not None:
+        return "registered"
     if triton_product(structure, device, dtype) is not None:
         return "triton"
     return "native" if has_native_kernel(structure, device, dtype) else "aten"
@@ -44,7 +46,7 @@ def kernel_for(structure: Structure, device: torch.device, dtype: torch.dtype) -
 def kernel_op(structure: Structure, kernel: SparseKernel) -> Any:
     """The op of a native or Triton kernel: `(x, values, *topology, bias, input_permutation, output_permutation, out, *sizes)`.
 
-    Behind these stand `activation="none"`, `residual=None` and, for Triton alone, `gate=None`.
+    Behind these stand `activation="none"`, `residual=None` and `gate=None`.
     """
     return _triton_product(structure.kind).op if kernel == "triton" else native_op(structure)
 
@@ -87,6 +89,8 @@ def folds_into_blocks(structure: Structure, shape: Shape, device: torch.device, 
     """Whether a layer's diagonals are blocks, large enough for a kernel that multiplies blocks."""
     if not isinstance(structure, Diagonal) or structure.group < _SMALLEST_BLOCK:
         return False
+    if registered_kernel(structure, device, dtype) is not None:
+        return False
     return kernel_for(block_size(structure, shape), device, dtype) != "aten"
 
 
@@ -111,14 +115,14 @@ def forward(
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return forward(tables.structure, x, tables.blocks(values), tables.topology, bias, into, out, out_features)
     kernel = kernel_for(structure, x.device, x.dtype)
-    if kernel != "aten":
+    if kernel in ("native", "triton"):
         around = bias, input_permutation, output_permutation, out_features
         tuned = tile_arguments(structure, kernel, token_tile(structure, x, values, *around) if kernel == "native" else 0)
         y: torch.Tensor = kernel_op(structure, kernel)(x, values, *topology, *around, *native_sizes(structure), **tuned)
         return y
     if input_permutation is not None:
         x = gather_features(x, input_permutation)
-    y = format_of(structure).forward(structure, x.reshape(-1, x.shape[-1]), values, topology, out_features)
+    y = _format(structure, x).forward(structure, x.reshape(-1, x.shape[-1]), values, topology, out_features)
     # Autograd forbids writing in place to a view that a custom op returns, as `ReLU(inplace=True)` behind a layer would.
     y = torch.ops.aten._unsafe_view.default(y.contiguous(), (*x.shape[:-1], out_features))
     if output_permutation is not None:
@@ -141,7 +145,7 @@ def input_gradient(
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return input_gradient(tables.structure, grad, tables.blocks(values), tables.topology, in_features, into, out)
     before, behind = _inverse(output_permutation), _inverse(input_permutation)
-    product = triton_product(structure, grad.device, grad.dtype)
+    product = _python_product(structure, grad)
     if product is None and has_native_kernel(structure, grad.device, grad.dtype):
         # S.T is block-sparse, or a matrix of diagonals, like S: the forward kernel on the transpose.
         if isinstance(structure, Block):
@@ -174,12 +178,22 @@ def value_gradient(
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology, into, out)
         return tables.diagonals(gradient).reshape(values.shape)
-    product = triton_product(structure, grad.device, grad.dtype)
+    product = _python_product(structure, grad)
     if product is None and x.dtype == grad.dtype and _beats_dense(structure, grad):
         around = input_permutation, output_permutation
         return _native_value_gradient(structure, grad, x, topology, *around).to(values.dtype)
     grad, x = in_own_order(grad, x, input_permutation, output_permutation)
     return (format_of(structure) if product is None else product).value_gradient(structure, grad, x, values, topology)
+
+
+def _python_product(structure: Structure, grad: torch.Tensor) -> TritonProduct | Format[Structure] | None:
+    """What computes gradients before C++ kernels are asked: a registered kernel, or Triton's."""
+    registered = registered_kernel(structure, grad.device, grad.dtype)
+    return triton_product(structure, grad.device, grad.dtype) if registered is None else registered
+
+
+def _format(structure: Structure, x: torch.Tensor) -> Format[Structure]:
+    return registered_kernel(structure, x.device, x.dtype) or format_of(structure)
 
 
 def in_own_order(

@@ -4,9 +4,11 @@ from padst_compile.conversion import densify, sparse_layers, sparsify_report
 from padst_compile.equivalence import Verification, verify
 from padst_compile.explain import Explanation, explain
 from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsify
+from padst_compile.kernels.formats import register_kernel
 from padst_compile.layers import PermutedSparseLinear
+from padst_compile.passes.pipeline import register_pass
 from padst_compile.spec import SparsitySpec, load_spec, save_spec
-from padst_compile.structures import NM, Block, Diagonal, Unstructured
+from padst_compile.structures import NM, Block, Diagonal, Unstructured, register_structure
 from padst_compile.training import (
     DSTConfig,
     LearnedPermutation,
@@ -47,6 +49,9 @@ __all__ = [
     "load_spec",
     "permutation_report",
     "presets",
+    "register_kernel",
+    "register_pass",
+    "register_structure",
     "save_checkpoint",
     "save_spec",
     "sparse_layers",

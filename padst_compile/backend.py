@@ -18,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
+from padst_compile import registered
 from padst_compile.equivalence import PassCheck
 from padst_compile.kernels import dispatch
 from padst_compile.options import Options, read_options
@@ -64,7 +65,8 @@ def padst(
 
     def compiler(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         # PyTorch's caches know a custom op by name alone, and would go on with the gradient of the version before this one.
-        with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}/padst:{ops_version()}"):  # type: ignore[attr-defined]  # a config module
+        tag = f"{torch.compiler.config.cache_key_tag}/padst:{ops_version()}{registered.fingerprint()}"
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # a config module
             return inductor(graph, inputs)
 
     compiled, _ = compile_graph(gm, example_inputs, chosen, compiler)

@@ -118,6 +118,24 @@ class UnsupportedGraphError(PadstError, TypeError):
     """A graph that the passes cannot work on as given."""
 
 
+class RegistrationError(PadstError, TypeError):
+    """A structure, pass or kernel that cannot be registered: it lacks part of its interface."""
+
+
+class NameTakenError(RegistrationError):
+    """A name under which something else is registered, or that this package uses itself."""
+
+
+class NoUnitsError(PadstError, NotImplementedError):
+    """A structure that does not say what its units are, where one is needed that does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(
+            f"structure {kind!r} defines no units, which are what dynamic sparse training chooses among; define "
+            "units_per_pool, unit_totals, active_units and topology_of"
+        )
+
+
 class TrainingConfigError(PadstError, ValueError):
     """A training configuration that cannot mean anything, or lacks what its method needs."""
 

@@ -13,7 +13,7 @@ import torch._inductor
 from padst_compile.autotune.effort import Effort
 from padst_compile.errors import InvalidOptionError, UnknownFieldError, UnknownOptionError, did_you_mean
 from padst_compile.passes.choose_kernels import Policy
-from padst_compile.passes.pipeline import RULES
+from padst_compile.passes.pipeline import rules
 
 _OWN = ("kernels", "autotune", "disable", "dump", "verify")
 _THOROUGH_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
@@ -76,7 +76,7 @@ def _disabled(names: Any) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)):
         raise InvalidOptionError(f"options['disable'] is a list of pass names, got {names!r}")
-    known = [rule.__name__ for rule in RULES]
+    known = [rule.__name__ for rule in rules()]
     for name in names:
         if name not in known:
             raise UnknownFieldError("pass in options['disable']:", str(name), known)

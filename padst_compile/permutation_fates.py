@@ -13,7 +13,7 @@ import torch
 from padst_compile.backend import Compilation
 from padst_compile.passes.base import Side
 from padst_compile.passes.choose_kernels import LayerDecision
-from padst_compile.passes.costs import TOKENS, CostModel, Kind
+from padst_compile.passes.costs import TOKENS, CostModel, kind_of
 from padst_compile.passes.graph import PERMUTE, argument, fake, is_call, layer_name
 from padst_compile.structures import parse
 
@@ -84,7 +84,7 @@ def _in_kernel(decision: LayerDecision, side: Side, why: _Reasons, device: str) 
         return PermutationFate(decision.layer, side, "folded into the dense weight", _DENSE_REASON)
     dtype: torch.dtype = getattr(torch, decision.dtype)
     model = CostModel(dtype.itemsize, device)
-    kind = cast("Kind", parse(decision.structure).kind)
+    kind = kind_of(parse(decision.structure))
     shape = decision.shape
     cost = model.load(shape.in_features, kind) if side == "input" else model.store(shape.out_features, kind)
     outcome: Outcome = "read by the kernel" if side == "input" else "written by the kernel"

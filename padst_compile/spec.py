@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from padst_compile.errors import PatternError, SparsityMismatchError, SpecError, UnknownFieldError
 from padst_compile.files import replace_text
-from padst_compile.structures import Structure, parse, structure_from_dict
+from padst_compile.structures import Structure, check_registered, parse, structure_from_dict
 
 PermutationKind: TypeAlias = Literal["none", "random", "kaleidoscope", "learned"]
 PermutationSide: TypeAlias = Literal["input", "output", "smaller"]
@@ -43,7 +43,7 @@ class SparsitySpec:
     """How to make the linear layers of a model sparse.
 
     Args:
-        structure: `Block`, `NM`, `Diagonal`, `Unstructured`, or the short form (`"block:64"`).
+        structure: `Block`, `NM`, `Diagonal`, `Unstructured`, a registered one, or the short form (`"block:64"`).
         sparsity: fraction of zeros, in [0, 1). N:M fixes it itself and takes None.
         permutation: `"none"`, `"random"` (one fixed permutation per layer), `"kaleidoscope"` (the same, from a network of
             exchanges, as a control for structured permutations) or `"learned"` (starts as the identity).
@@ -77,7 +77,8 @@ class SparsitySpec:
         if isinstance(self.structure, str):
             object.__setattr__(self, "structure", parse(self.structure))
         if not isinstance(self.structure, Structure):
-            raise SpecError(f"structure must be Block, NM, Diagonal or Unstructured, got {self.structure!r}")
+            raise SpecError(f"structure must be Block, NM, Diagonal, Unstructured or a registered one, got {self.structure!r}")
+        check_registered(self.structure)
         object.__setattr__(self, "sparsity", _resolve_sparsity(self.structure, self.sparsity))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

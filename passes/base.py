@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, TypeAlias
 
 from torch import fx
 
+from padst_compile import registered
 from padst_compile.passes import context, graph
 from padst_compile.passes.context import Context
 
@@ -76,7 +77,10 @@ class Pass(abc.ABC):
 
     def uuid(self) -> str:
         """Identity for compiler caches: changes when the pass's module, or what all passes build on, does."""
-        return source_hash(inspect.getmodule(type(self)), context, graph, inspect.getmodule(Pass))
+        shared = (context, graph, inspect.getmodule(Pass))
+        if registered.is_ours(type(self)):
+            return source_hash(inspect.getmodule(type(self)), *shared)
+        return f"{registered.code_version(type(self))}-{source_hash(*shared)}"
 
 
 class RewriteRule(Pass):

@@ -21,6 +21,7 @@ from padst_compile.autotune.problem import Kernel, LayerProblem, token_bucket
 from padst_compile.kernels import dispatch
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
+from padst_compile.passes.costs import kind_of
 from padst_compile.passes.fold_diagonals import FOLDED_FROM
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
@@ -104,7 +105,7 @@ class ChooseKernels(RewriteRule):
         decision, native = call.decision(choice), None
         if choice.kernel == "dense":
             _lower_to_dense(call)
-        elif facts.inference and choice.kernel != "aten":
+        elif facts.inference and choice.kernel in ("native", "triton"):
             native = _lower_to_native(call, choice)
         self._decided.append((decision, native))
 
@@ -116,6 +117,8 @@ class ChooseKernels(RewriteRule):
             return KernelChoice("dense", "asked for by options={'kernels': 'dense'}")
         if self.policy == "sparse":
             return KernelChoice(sparse, "asked for by options={'kernels': 'sparse'}")
+        if sparse == "aten" and kind_of(call.structure) == "dense":
+            return KernelChoice("dense", f"nobody registered a kernel for {call.structure.kind} that runs here")
         return choose_kernel(call.problem(sparse), lambda: call.runs(sparse), self.effort)
 
 

@@ -19,11 +19,14 @@ The coefficients are those that benchmarks/permute_costs.py measured (benchmarks
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast, get_args
 
 import sympy
 
-Kind: TypeAlias = Literal["block", "nm", "diagonal", "unstructured", "dense"]
+from padst_compile.kernels.formats import has_registered_kernel
+from padst_compile.structures import Structure
+
+Kind: TypeAlias = Literal["block", "nm", "diagonal", "unstructured", "registered", "dense"]
 
 TOKENS = sympy.Symbol("T", integer=True, positive=True)
 """Rows of the activations in one call."""
@@ -73,10 +76,17 @@ class CostModel:
     def _in_kernel(self, n: int, kind: Kind) -> sympy.Expr:
         if kind in ("dense", "unstructured"):  # no kernel beats dense on unstructured layers, so that they run dense
             return self.fold(n)
-        if self.device != "cpu":
+        if self.device != "cpu" or kind == "registered":  # the op permutes around a kernel that others registered
             return self.separate(n)
         gathered = self.kernel_gather if kind == "block" else 0
         return sympy.expand(n * (_TABLE_BYTES + self.tokens * gathered))
+
+
+def kind_of(structure: Structure) -> Kind:
+    """What a structure is to the model: others' run dense, unless they registered a kernel."""
+    if structure.kind in get_args(Kind):
+        return cast("Kind", structure.kind)
+    return "registered" if has_registered_kernel(structure.kind) else "dense"
 
 
 def at(cost: sympy.Expr, tokens: int) -> int:

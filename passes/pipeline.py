@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar, get_args, overload
 
 import torch
 from torch import fx
 
 from padst_compile.autotune.effort import Effort
-from padst_compile.errors import UnknownFieldError, UnsupportedGraphError
+from padst_compile.errors import NameTakenError, RegistrationError, UnknownFieldError, UnsupportedGraphError
 from padst_compile.passes.absorb_bias import AbsorbBias
 from padst_compile.passes.base import Effect, Pass, RuleReport
 from padst_compile.passes.cancel_permutations import CancelPermutations
@@ -39,6 +39,7 @@ from padst_compile.passes.sparsify_linears import SparsifyLinears
 from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
 from padst_compile.spec import SpecLike
+from padst_compile.registered import record, same_origin
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,76 @@ RULES: tuple[type[Pass], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class PermutationAccount:
+P = TypeVar("P", bound=Pass)
+
+_registered: list[tuple[type[Pass], str]] = []  # passes of others, and the names of those that each stands before
+
+
+@overload
+def register_pass(rule: type[P], *, before: str = ...) -> type[P]: ...
+
+
+@overload
+def register_pass(*, before: str = ...) -> Callable[[type[P]], type[P]]: ...
+
+
+def register_pass(
+    rule: type[P] | None = None, *, before: str = ChooseKernels.__name__
+) -> type[P] | Callable[[type[P]], type[P]]:
+    """Add a pass of your own to all compilations. A decorator, with or without arguments.
+
+    Args:
+        rule: a subclass of `padst_compile.passes.base.RewriteRule` or `Pass` that is made without arguments. Its class name is
+            the pass's name, in `explain` and in `options={"disable": [...]}`.
+        before: name of the pass that it runs before, one of ours or one registered earlier. Until "ChooseKernels", sparse
+            layers are `padst::structured_linear`.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        NameTakenError: another pass has its name. The same class defined again, as in a notebook, replaces itself.
+        RegistrationError: it lacks part of the interface; the message says which.
+        UnknownFieldError: no such pass is called `before`.
+    """
+    if rule is None:
+        return lambda later: register_pass(later, before=before)
+    _check_registrable(rule)
+    name = rule.__name__
+    place = next((i for i, (other, _) in enumerate(_registered) if other.__name__ == name), len(_registered))
+    known = [other.__name__ for other in (*RULES, *(other for other, _ in _registered[:place]))]
+    if before not in known:
+        raise UnknownFieldError("pass", before, known)
+    taken = next((other for other in rules() if other.__name__ == name), rule)
+    if not same_origin(taken, rule):
+        raise NameTakenError(f"a pass {name!r} is there already, {taken!r}; rename the class")
+    _registered[place : place + 1] = [(rule, before)]
+    record("pass", name, rule)
+    return rule
+
+
+def rules() -> tuple[type[Pass], ...]:
+    """All passes in order, those that others registered among them."""
+    ordered = list(RULES)
+    for rule, before in _registered:
+        ordered.insert(next(i for i, other in enumerate(ordered) if other.__name__ == before), rule)
+    return tuple(ordered)
+
+
+def _check_registrable(rule: Any) -> None:
+    name = getattr(rule, "__name__", repr(rule))
+    if not (isinstance(rule, type) and issubclass(rule, Pass)):
+        raise RegistrationError(f"{name} is no pass: it must be a subclass of padst_compile.passes.base.RewriteRule or Pass")
+    if rule.__abstractmethods__:
+        raise RegistrationError(f"pass {name} does not define {', '.join(sorted(rule.__abstractmethods__))}")
+    if rule.effect not in get_args(Effect):
+        raise RegistrationError(f"pass {name} has effect {rule.effect!r}; choose from {', '.join(get_args(Effect))}")
+    try:
+        rule()
+    except TypeError as error:
+        raise RegistrationError(f"pass {name} is made without arguments, which fails: {error}") from error
+
+
     """What became of the permutations of one graph; `remaining` are ops of their own in the final graph."""
 
     total: int = 0
@@ -115,7 +186,7 @@ class Pipeline:
         dump: Path | None = None,
         check: Check | None = None,
     ) -> None:
-        known = [rule.__name__ for rule in RULES]
+        known = [rule.__name__ for rule in rules()]
         for name in disabled:
             if name not in known:
                 raise UnknownFieldError("pass", name, known)
@@ -129,14 +200,14 @@ class Pipeline:
     def run(self, facts: Context, *, first: Pass | None = None) -> PipelineReport:
         """Apply the rules to `facts.module` in place."""
         start = time.perf_counter()
-        rules = ([first] if first is not None else []) + self._rules()
+        chosen = ([first] if first is not None else []) + self._rules()
         dumper = _Dumper(self._dump)
         dumper.write(facts.module, "captured")
         checker = _Checker(self._check, facts.module)
         reports, total = [], _count_permutes(facts.module)
         removed: collections.Counter[str] = collections.Counter()
         ended: list[tuple[str, Effect]] = []
-        for rule in rules:
+        for rule in chosen:
             before = _permuted_layers(facts.module)
             report = rule.run(facts)
             reports.append(report)
@@ -153,17 +224,17 @@ class Pipeline:
                 checker.compare(facts.module, rule.name)
         facts.module.graph.lint()
         facts.module.recompile()
-        decisions = [d for rule in rules if isinstance(rule, ChooseKernels) for d in rule.decisions]
+        decisions = [d for rule in chosen if isinstance(rule, ChooseKernels) for d in rule.decisions]
         account = _account(removed, total, facts.module)
         return PipelineReport(reports, decisions, account, time.perf_counter() - start, ended)
 
     def _rules(self) -> list[Pass]:
-        rules: list[Pass] = []
-        for rule in RULES:
+        chosen: list[Pass] = []
+        for rule in rules():
             if rule.__name__ in self._disabled or (rule is ChooseKernels and self._kernels is None):
                 continue
-            rules.append(ChooseKernels(self._kernels or "measure", self._autotune) if rule is ChooseKernels else rule())
-        return rules
+            chosen.append(ChooseKernels(self._kernels or "measure", self._autotune) if rule is ChooseKernels else rule())
+        return chosen
 
 
 def run(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import sympy
@@ -159,7 +159,7 @@ class Placement:
 
     def _sites(self, product: Product) -> Iterable[Site]:
         node, x = product.node, fake(argument(product.node, "x"))
-        kind = cast("costs.Kind", parse(argument(node, "structure")).kind)
+        kind = costs.kind_of(parse(argument(node, "structure")))
         features, out_features = int(product.inputs.size), argument(node, "out_features")
         model = _cost_model(x)
         ends: tuple[tuple[Side, Axis, int, sympy.Expr], ...] = (

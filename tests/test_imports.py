@@ -22,6 +22,7 @@ PACKAGE = "padst_compile"
 # compiler, stands after it.
 LAYERS = (
     "errors",
+    "registered",
     "files",
     "permutation",
     "kaleidoscope",

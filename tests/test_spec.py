@@ -93,7 +93,7 @@ def test_a_missing_sparsity_is_asked_for(structure: Any) -> None:
 
 @pytest.mark.parametrize("structure", [None, 64, ("block", 64)], ids=repr)
 def test_what_is_no_structure_is_refused_with_the_choices(structure: Any) -> None:
-    with pytest.raises(SpecError, match="structure must be Block, NM, Diagonal or Unstructured"):
+    with pytest.raises(SpecError, match="structure must be Block, NM, Diagonal, Unstructured or a registered one"):
         SparsitySpec(structure, 0.9)
 
 
@@ -176,7 +176,7 @@ def test_globs_and_regular_expressions_match_whole_names(pattern: str, name: str
         ({"structure": {"kind": "block", "size": [1, 2, 3]}}, r"Block takes a size or \(rows, columns\)"),
         ({"structure": {"kind": "diagonal", "group": 0}}, "the group of Diagonal must be a positive integer, got 0"),
         ({"structure": "blok:4"}, "unknown structure 'blok'; did you mean 'block'"),
-        ({"structure": "block:four"}, "cannot read structure 'block:four'; write block:64"),
+        ({"structure": "block:four"}, "cannot read structure 'block:four'; write one of block:64"),
         ([1, 2], r"a specification is a mapping \(a JSON object\), got \[1, 2\]"),
     ],
     ids=lambda value: str(value)[:40],

@@ -19,9 +19,8 @@ from padst_compile.errors import DrawingError
 from padst_compile.files import replace_text
 from padst_compile.passes.context import HOISTED, Context, static_tensors
 from padst_compile.passes.graph import PERMUTE, STRUCTURED_LINEAR, argument, copy_graph, is_call
-from padst_compile.passes.pipeline import RULES, Pipeline
+from padst_compile.passes.pipeline import Pipeline, rules
 
-_OTHER_REWRITES = tuple(rule.__name__ for rule in RULES if rule.effect == "other")  # not about permutations
 _TOLERANCE = 1e-3  # a reordered tensor differs by far more, a rounded one by far less
 
 
@@ -83,7 +82,8 @@ def picture(model: nn.Module, block: str, inputs: Sequence[Any], keyword_inputs:
 def _compare(boxes: BlockGraph, graph: fx.GraphModule, facts: Context, inputs: Sequence[Any]) -> Picture:
     wanted = {edge.node for edge in boxes.edges}
     before = _values(graph, inputs, wanted)
-    Pipeline(kernels=None, disabled=_OTHER_REWRITES).run(facts)
+    others = tuple(rule.__name__ for rule in rules() if rule.effect == "other")  # not about permutations
+    Pipeline(kernels=None, disabled=others).run(facts)
     after = _values(facts.module, inputs, wanted)
     nodes = {node.name: node for node in facts.module.graph.nodes}
     left = {i: [nodes[name] for name in box.nodes if name in nodes] for i, box in enumerate(boxes.boxes)}

@@ -4,7 +4,7 @@ from padst_compile.structures.base import Shape, Structure, Topology
 from padst_compile.structures.block import Block
 from padst_compile.structures.diagonal import Diagonal
 from padst_compile.structures.nm import NM
-from padst_compile.structures.registry import STRUCTURES, parse, structure_from_dict
+from padst_compile.structures.registry import STRUCTURES, check_registered, parse, register_structure, structure_from_dict
 from padst_compile.structures.unstructured import Unstructured
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "Structure",
     "Topology",
     "Unstructured",
+    "check_registered",
     "parse",
+    "register_structure",
     "structure_from_dict",
 ]

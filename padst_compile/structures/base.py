@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from padst_compile.errors import EmptyLayerError, SpecError
+from padst_compile.errors import EmptyLayerError, NoUnitsError, SpecError
 
 Topology: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -36,7 +37,15 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Structure(abc.ABC):
-    """A family of masks, as configuration. Subclasses are frozen dataclasses with integer fields."""
+    """A family of masks, as configuration. Subclasses are frozen dataclasses with integer fields.
+
+    A subclass defines either its units, by the four methods about them, or `choose`. Without units its topology cannot change
+    while a model trains.
+
+    Attributes:
+        kind: its name in short forms and JSON.
+        index_names: the names of its index tensors, at least one, in the order in which a topology lists them.
+    """
 
     kind: ClassVar[str]
     index_names: ClassVar[tuple[str, ...]]
@@ -56,21 +65,21 @@ class Structure(abc.ABC):
         totals = self.unit_totals(scores)
         return self.topology_of(largest(totals, self.units_per_pool(shape, sparsity)), shape)
 
-    @abc.abstractmethod
     def units_per_pool(self, shape: Shape, sparsity: float) -> int:
         """Active units in each pool at `sparsity`."""
+        raise NoUnitsError(self.kind)
 
-    @abc.abstractmethod
     def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
         """Sums of `scores` `[out, in]` over each unit, `[pools, units]`; -inf where a unit lies outside the layer."""
+        raise NoUnitsError(self.kind)
 
-    @abc.abstractmethod
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """Which units are active, bool `[pools, units]`."""
+        raise NoUnitsError(self.kind)
 
-    @abc.abstractmethod
     def topology_of(self, active: torch.Tensor, shape: Shape) -> Topology:
         """The topology of a grid of units, bool `[pools, units]`; the inverse of `active_units`."""
+        raise NoUnitsError(self.kind)
 
     @abc.abstractmethod
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -88,13 +97,30 @@ class Structure(abc.ABC):
         """The sparsity that the structure itself fixes, or None where it is free."""
         return None
 
-    @abc.abstractmethod
+    @classmethod
+    def has_units(cls) -> bool:
+        """Whether it says what is active or not as a whole."""
+        return not any(getattr(cls, name) is getattr(Structure, name) for name in UNIT_METHODS)
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[int]) -> Structure:
+        """The structure of a short form's numbers, the reverse of `to_string`.
+
+        Raises:
+            TypeError, ValueError: not these numbers.
+        """
+        return cls(*sizes)
+
     def to_string(self) -> str:
-        """The short form, as on the command line (`block:64x64`); `structures.parse` reads it back."""
+        """The short form, as on the command line (`block:64x64`): by default `kind:FIELD:FIELD`; `from_sizes` reads it back."""
+        return ":".join(map(str, (self.kind, *dataclasses.astuple(self))))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: `kind` and the fields."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+UNIT_METHODS = ("units_per_pool", "unit_totals", "active_units", "topology_of")
 
 
 def count_active(total: int, sparsity: float, module: str, unit: str) -> int:

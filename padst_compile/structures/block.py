@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -111,6 +112,12 @@ class Block(Structure):
         row_pointers, columns = topology
         rows = torch.arange(row_pointers.numel() - 1, device=columns.device)
         return torch.repeat_interleave(rows, row_pointers.diff().long(), output_size=columns.numel())
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[int]) -> Block:
+        """See `Structure.from_sizes`: one number, or rows and columns."""
+        rows, columns = sizes if len(sizes) != 1 else (sizes[0], sizes[0])
+        return cls((rows, columns))
 
     def to_string(self) -> str:
         """`block:ROWSxCOLUMNS`."""

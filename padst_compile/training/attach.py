@@ -177,6 +177,8 @@ def _unfit(layer: PermutedSparseLinear, config: DSTConfig) -> str | None:
     structure = layer.config.structure
     if layer.values.is_meta:
         return "is on the meta device; materialise the model first"
+    if not structure.has_units():
+        return f"is {structure.to_string()}, which defines no units to choose among; freeze its values, or define them"
     if config.method == "magnitude" and structure.natural_sparsity() is not None:
         return f"is {structure.to_string()}, whose sparsity cannot be pruned further; use a block or diagonal structure"
     if config.method == "dynadiag" and not _has_all_diagonals(layer):
