@@ -15,8 +15,8 @@ class TritonProduct:
     """Products of one kind of structure on tensors for which `triton_support.usable` says yes.
 
     A module `kernels/<kind>/triton_op.py` defines the op `padst_triton::<kind>_linear`, with the arguments of
-    `padst_native::<kind>_linear` (`native/library.cpp`) and `Tensor? gate=None` behind them, and `PRODUCT`, an instance of a
-    subclass. It imports its kernels inside functions, because the op must exist where Triton does not.
+    `padst_native::<kind>_linear` (`native/library.cpp`) up to `gate`, and `PRODUCT`, an instance of a subclass. It imports its
+    kernels inside functions, because the op must exist where Triton does not.
 
     Attributes:
         op: the forward op.

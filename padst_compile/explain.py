@@ -38,7 +38,7 @@ class LayerExplanation:
         density: active weights as a fraction.
         kernel: "native" (C++), "triton", "aten" or "dense".
         fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
-            "residual", "feature-major input", "feature-major output").
+            "gate", "residual", "feature-major input", "feature-major output").
         reason: why this kernel, or why the layer is dense.
         speedup: dense time over sparse time where both were measured.
     """

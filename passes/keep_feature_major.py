@@ -3,7 +3,8 @@
 The kernel for short rows (N:M, diagonals) keeps tokens in vector lanes: it transposes what it reads, and transposes back what
 it writes. Between two such products neither is needed, if the first leaves its result feature-major. Both kernels apply
 permutations as orders of features in either layout, at no cost in both, so this choice changes none that placement made, and
-can come after it. Expects `FuseActivation` and `FuseResidual` before it, which bring such products together. Needs no values.
+can come after it. A gate is laid out like the result: the product that computes it leaves it feature-major too. Expects
+`FuseActivation`, `FuseGate` and `FuseResidual` before it, which bring such products together. Needs no values.
 """
 
 from __future__ import annotations
@@ -36,26 +37,44 @@ class KeepFeatureMajor(RewriteRule):
             return f"{others[0]} reads the result too"
         if argument(node, "residual") is not None:
             return "the kernel adds a residual, which is token-major"
+        if not _gate_follows(node):
+            return "the kernel reads a gate, which is token-major"
         return None if _sizes_known(node) else "capture recorded no shapes"
 
     def rewrite(self, node: fx.Node, facts: Context) -> None:
         """Tell the producer, and tell every reader the sizes that it cannot see any more."""
         sizes = _token_sizes(node)
-        features, width = argument(node, "out_features"), torch.ops.padst_native.panel_tokens()
-        known = fake(node)
-        assert known is not None
-        panels = (math.prod(known.shape[:-1]) + width - 1) // width  # symbols stay symbols
-        for key in ("example_value", "val"):
-            if key in node.meta:
-                node.meta[key] = known.new_empty((panels, features, width))
         for user in list(node.users):
             set_arguments(user, panels_of=sizes)
-        set_arguments(node, to_panels=True)
+        _leave_panels(node)
+        if argument(node, "gate") is not None:
+            _leave_panels(argument(node, "gate"))
+
+
+def _leave_panels(node: fx.Node) -> None:
+    features, width = argument(node, "out_features"), torch.ops.padst_native.panel_tokens()
+    known = fake(node)
+    assert known is not None
+    panels = (math.prod(known.shape[:-1]) + width - 1) // width  # symbols stay symbols
+    for key in ("example_value", "val"):
+        if key in node.meta:
+            node.meta[key] = known.new_empty((panels, features, width))
+    set_arguments(node, to_panels=True)
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:
     """Whether `user` is a product that takes `node` as activations, and as nothing else."""
-    return is_row_gather(user) and argument(user, "x") is node and argument(user, "residual") is not node
+    others = ("residual", "gate")
+    return is_row_gather(user) and argument(user, "x") is node and all(argument(user, name) is not node for name in others)
+
+
+def _gate_follows(node: fx.Node) -> bool:
+    """Whether what gates a product, if anything does, is a product that can leave its result feature-major for that alone."""
+    gate = argument(node, "gate")
+    if gate is None:
+        return True
+    alone = is_row_gather(gate) and len(gate.users) == 1 and argument(node, "x") is not gate and fake(gate) is not None
+    return alone and argument(gate, "gate") is None and argument(gate, "residual") is None
 
 
 def _sizes_known(node: fx.Node) -> bool:

@@ -32,6 +32,6 @@ def layouts(node: fx.Node) -> tuple[str, ...]:
 
 
 def epilogue(node: fx.Node) -> tuple[str, ...]:
-    """What a native call does after its bias: any of "activation" and "residual", in this order."""
+    """What a native call does after its bias: any of "activation", "gate" and "residual", in this order."""
     activation = ("activation",) if argument(node, "activation") != "none" else ()
-    return activation + (("residual",) if argument(node, "residual") is not None else ())
+    return activation + tuple(name for name in ("gate", "residual") if argument(node, name) is not None)

@@ -26,6 +26,7 @@ from padst_compile.passes.context import Context, static_tensors
 from padst_compile.passes.fold_diagonals import FoldDiagonals
 from padst_compile.passes.fold_into_norm import FoldIntoNorm
 from padst_compile.passes.fuse_activation import FuseActivation
+from padst_compile.passes.fuse_gate import FuseGate
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.fuse_residual import FuseResidual
@@ -38,8 +39,8 @@ from padst_compile.passes.remove_dropout import RemoveDropout
 from padst_compile.passes.sparsify_linears import SparsifyLinears
 from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
-from padst_compile.spec import SpecLike
 from padst_compile.registered import record, same_origin
+from padst_compile.spec import SpecLike
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ RULES: tuple[type[Pass], ...] = (
     RecognizeGelu,
     ChooseKernels,
     FuseActivation,
+    FuseGate,
     FuseResidual,
     KeepFeatureMajor,
     InterleaveBlocks,
@@ -66,8 +68,6 @@ RULES: tuple[type[Pass], ...] = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class PermutationAccount:
 P = TypeVar("P", bound=Pass)
 
 _registered: list[tuple[type[Pass], str]] = []  # passes of others, and the names of those that each stands before
@@ -138,6 +138,8 @@ def _check_registrable(rule: Any) -> None:
         raise RegistrationError(f"pass {name} is made without arguments, which fails: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class PermutationAccount:
     """What became of the permutations of one graph; `remaining` are ops of their own in the final graph."""
 
     total: int = 0

@@ -319,20 +319,22 @@ def test_native_operators_follow_their_definition(structure: Structure) -> None:
     [("none", lambda y: y), ("relu", F.relu), ("gelu", F.gelu), ("silu", F.silu),
      ("gelu_tanh", lambda y: F.gelu(y, approximate="tanh"))],
 )  # fmt: skip
-def test_an_epilogue_is_an_activation_and_a_residual(activation: str, function: Function) -> None:
+def test_an_epilogue_is_an_activation_a_gate_and_a_residual(activation: str, function: Function) -> None:
     structure, weight, bias = NM(2, 4), whole(12, 8).float(), whole(12, seed=1).float()
     topology = structure.choose(weight.abs(), 0.5)
     values = structure.pack(weight, topology)
     definition = DEFINITIONS["padst_native::nm_linear"]
 
-    def fused(x: Any, y: Any) -> Any:
-        return definition(x, values, *topology, bias, None, None, 12, 2, 4, activation, y)
+    def fused(x: Any, y: Any, gate: Any) -> Any:
+        return definition(x, values, *topology, bias, None, None, 12, 2, 4, activation, y, gate)
 
-    def apart(x: Any, y: Any) -> Any:
-        return y + function(F.linear(x, structure.unpack(values, topology, Shape(12, 8)), bias))
+    def apart(x: Any, y: Any, gate: Any) -> Any:
+        return y + function(F.linear(x, structure.unpack(values, topology, Shape(12, 8)), bias)) * gate
 
-    assert same(fused, apart, X, torch.empty(3, 12))
-    assert not same(lambda x, y: fused(x, None), apart, X, torch.empty(3, 12))
+    others = (torch.empty(3, 12), torch.empty(3, 12))
+    assert same(fused, apart, X, *others)
+    assert not same(lambda x, y, gate: fused(x, None, gate), apart, X, *others)
+    assert not same(lambda x, y, gate: fused(x, y, None), apart, X, *others)
 
 
 # --- what is refused ---

@@ -41,7 +41,9 @@ from padst_compile.passes import (
     fold_diagonals,
     fold_into_norm,
     fuse_activation,
+    fuse_gate,
     fuse_input_permutation,
+    fuse_operand,
     fuse_output_permutation,
     fuse_residual,
     graph,
@@ -624,10 +626,21 @@ ROW_GRAPHS: dict[str, Graph] = {
         )
         for name, structure in {"short rows": ROWS, "diagonals": padst.Diagonal()}.items()
     },
-    "short rows that a product and a function read": rows_graph(lambda m, h: m.middle(h) * h, "", ""),
+    "short rows that a product and a function read": rows_graph(lambda m, h: m.middle(h) - h, "", ""),
     "short rows that two products read": rows_graph(
-        lambda m, h: m.middle(h) * m.other(h), "feature-major output", "feature-major input", "feature-major input"
+        lambda m, h: m.middle(h) * m.other(h), "feature-major output", "feature-major input", "gate, feature-major input"
     ),
+    "short rows gated by short rows": rows_graph(
+        lambda m, h: m.other(h * F.silu(m.middle(m.one))),
+        "feature-major output",
+        "activation, gate, feature-major output",
+        "feature-major input",
+    ),
+    "short rows gated by a tensor": rows_graph(lambda m, h: m.middle(h * m.one), "gate", ""),
+    "short rows gated by what they read": rows_graph(lambda m, h: m.other(m.middle(h) * h), "", "gate", ""),
+    "a product of a sum": rows_graph(lambda m, h: (h + m.one) * m.one, "residual"),
+    "a product of three": rows_graph(lambda m, h: h * m.one * m.one, "gate"),
+    "an activation of a product": rows_graph(lambda m, h: F.relu(h * m.one), "gate"),
     "short rows that are added to what reads them": rows_graph(lambda m, h: m.middle(h) + h, "", "residual"),
     "short rows behind a sum": rows_graph(lambda m, h: m.middle(h + m.one), "residual", ""),
     "an activation of what another reads": rows_graph(lambda m, h: F.relu(h) * h, ""),
@@ -990,12 +1003,14 @@ VARIANTS: Mapping[str, Variant] = {
         fuse_activation.FuseActivation.why_not, "if before:", "if False:", "an activation of an activation"),
     "FuseActivation: one form of GELU": Variant(
         fuse_activation._activation, 'str(node.kwargs.get("approximate", "none"))', '"none"', "both forms of GELU"),
-    "FuseResidual: other readers get the sum too": Variant(
-        fuse_residual.FuseResidual.why_not, "if len(linear.users) != 1:", "if False:", "a sum of what another reads"),
+    "FuseOperand: other readers get the sum too": Variant(
+        fuse_operand.FuseOperand.why_not, "if len(linear.users) != 1:", "if False:", "a sum of what another reads"),
+    "FuseOperand: the terms may differ in shape": Variant(
+        fuse_operand.alike, "result.shape == product.shape == other.shape", "True", "a sum with a vector"),
     "FuseResidual: forgets the term before": Variant(
-        fuse_residual.FuseResidual.why_not, 'argument(linear, "residual") is not None', "False", "a sum of three"),
-    "FuseResidual: the terms may differ in shape": Variant(
-        fuse_residual._alike, "result.shape == product.shape == residual.shape", "True", "a sum with a vector"),
+        fuse_residual.FuseResidual.blocked, 'argument(linear, "residual") is None', "True", "a sum of three"),
+    "FuseGate: forgets the factor before": Variant(
+        fuse_gate.FuseGate.blocked, 'argument(linear, "gate") is not None', "False", "a product of three"),
     "KeepFeatureMajor: others read panels too": Variant(
         keep_feature_major.KeepFeatureMajor.why_not, "if others:", "if False:",
         "short rows that a product and a function read"),
@@ -1003,13 +1018,21 @@ VARIANTS: Mapping[str, Variant] = {
         keep_feature_major.KeepFeatureMajor.why_not, 'argument(node, "residual") is not None', "False",
         "short rows behind a sum"),
     "KeepFeatureMajor: panels as a residual": Variant(
-        keep_feature_major._reads, ' and argument(user, "residual") is not node', "",
-        "short rows that are added to what reads them"),
+        keep_feature_major._reads, '("residual", "gate")', '("gate",)', "short rows that are added to what reads them"),
+    "KeepFeatureMajor: panels as a gate of what reads them": Variant(
+        keep_feature_major._reads, '("residual", "gate")', '("residual",)', "short rows gated by what they read"),
+    "KeepFeatureMajor: tokens as a gate of panels": Variant(
+        keep_feature_major._gate_follows, "if gate is None:", "if True:", "short rows gated by a tensor"),
+    "KeepFeatureMajor: the gate is not told": Variant(
+        keep_feature_major.KeepFeatureMajor.rewrite, 'if argument(node, "gate") is not None:', "if False:",
+        "short rows gated by short rows"),
+    "KeepFeatureMajor: the gate is read as tokens too": Variant(
+        keep_feature_major._gate_follows, ' and argument(node, "x") is not gate', "", "short rows gated by what they read"),
     "KeepFeatureMajor: one reader is not told": Variant(
         keep_feature_major.KeepFeatureMajor.rewrite, "for user in list(node.users):", "for user in list(node.users)[:1]:",
         "short rows that two products read"),
     "KeepFeatureMajor: the producer is not told": Variant(
-        keep_feature_major.KeepFeatureMajor.rewrite, "set_arguments(node, to_panels=True)", "pass", "a chain of short rows"),
+        keep_feature_major._leave_panels, "set_arguments(node, to_panels=True)", "pass", "a chain of short rows"),
     "KeepFeatureMajor: takes panels for tokens": Variant(
         keep_feature_major._token_sizes, 'if argument(node, "panels_of") is not None:', "if False:", "a chain of diagonals"),
     "KeepFeatureMajor: the tokens of one sequence": Variant(

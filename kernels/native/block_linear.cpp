@@ -1,4 +1,4 @@
-// y = act(permute_out(S permute_in(x)) + bias) + residual for block-sparse S: one batch-reduce GEMM call per active block.
+// y = act(permute_out(S permute_in(x)) + bias) * gate + residual for block-sparse S: one batch-reduce GEMM call per active block.
 //
 // Work is cut into token tiles. A tile of x is copied (and permuted) into scratch once, where it stays in cache while every
 // block row reads it; its outputs collect in scratch too, and leave as whole rows.
@@ -304,7 +304,8 @@ bool block_linear_supports(at::ScalarType dtype) {
 at::Tensor block_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& row_pointers, const at::Tensor& columns,
     const OptionalTensor& bias, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
-    int64_t out_features, std::string_view activation, const OptionalTensor& residual, int64_t token_tile) {
+    int64_t out_features, std::string_view activation, const OptionalTensor& residual, const OptionalTensor& gate,
+    int64_t token_tile) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(block_linear_supports(x_in.scalar_type()), "block_linear has no micro-kernel for ", x_in.scalar_type(), " here");
   TORCH_CHECK(token_tile >= 0, "token_tile must not be negative, got ", token_tile);
@@ -312,7 +313,7 @@ at::Tensor block_linear(
   const BlockMatrix s = describe(x.size(-1), values, row_pointers, columns, out_features);
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, out_features, "output_permutation");
-  const EpilogueOperands epilogue(x, output_sizes(x, out_features), out_features, bias, activation, residual);
+  const EpilogueOperands epilogue(x, output_sizes(x, out_features), out_features, bias, activation, residual, gate);
 
   at::Tensor y = at::empty(output_sizes(x, out_features), x.options());
   if (y.numel() == 0) {

@@ -45,6 +45,7 @@ def _fake_block_linear(
     out_features: int,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     token_tile: int = 0,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
@@ -75,6 +76,7 @@ def _fake_nm_linear(
     m: int,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     panels_of: Sequence[int] | None = None,
     to_panels: bool = False,
 ) -> torch.Tensor:
@@ -91,6 +93,7 @@ def _fake_diagonal_linear(
     out_features: int,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
     panels_of: Sequence[int] | None = None,
     to_panels: bool = False,
 ) -> torch.Tensor:

@@ -1,5 +1,5 @@
-// The operators of the library. Each computes y = act(permute_out(S permute_in(x)) + bias) + residual over the last axis of x;
-// activation.h has the names of activations.
+// The operators of the library. Each computes y = act(permute_out(S permute_in(x)) + bias) * gate + residual over the last axis
+// of x; activation.h has the names of activations. gate and residual are laid out like y.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,7 +29,7 @@ at::Tensor block_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& input_permutation,
     const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
-    const std::optional<at::Tensor>& residual, int64_t token_tile);
+    const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& gate, int64_t token_tile);
 
 // The gradient of the values of block_linear: grad [tokens, out_features], x [tokens, in_features], and its permutations.
 at::Tensor block_value_gradient(
@@ -46,7 +46,7 @@ at::Tensor nm_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
     int64_t out_features, int64_t n, int64_t m, std::string_view activation, const std::optional<at::Tensor>& residual,
-    at::OptionalIntArrayRef panels_of, bool to_panels);
+    const std::optional<at::Tensor>& gate, at::OptionalIntArrayRef panels_of, bool to_panels);
 
 // permute_result(permute_grad(grad) S) for such an S, grad [.., out_features]: undoing the permutations of nm_linear takes their
 // inverses.
@@ -64,7 +64,7 @@ at::Tensor diagonal_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
     int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual,
-    at::OptionalIntArrayRef panels_of, bool to_panels);
+    const std::optional<at::Tensor>& gate, at::OptionalIntArrayRef panels_of, bool to_panels);
 
 // The gradient of its values; grad [tokens, out_features], x [tokens, in_features], and its permutations. That of x is the
 // product with S.T, which is a matrix of diagonals too.

@@ -18,7 +18,7 @@ TORCH_LIBRARY(padst_native, m) {
   m.def(
       "block_linear(Tensor x, Tensor values, Tensor row_pointers, Tensor columns, Tensor? bias, "
       "Tensor? input_permutation, Tensor? output_permutation, int out_features, str activation=\"none\", "
-      "Tensor? residual=None, int token_tile=0) -> Tensor",
+      "Tensor? residual=None, Tensor? gate=None, int token_tile=0) -> Tensor",
       tags);
   m.def(
       "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns, "
@@ -27,12 +27,12 @@ TORCH_LIBRARY(padst_native, m) {
   m.def(
       "nm_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
       "Tensor? output_permutation, int out_features, int n, int m, str activation=\"none\", Tensor? residual=None, "
-      "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
+      "Tensor? gate=None, SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
       tags);
   m.def(
       "diagonal_linear(Tensor x, Tensor values, Tensor offsets, Tensor? bias, Tensor? input_permutation, "
       "Tensor? output_permutation, int out_features, str activation=\"none\", Tensor? residual=None, "
-      "SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
+      "Tensor? gate=None, SymInt[]? panels_of=None, bool to_panels=False) -> Tensor",
       tags);
   m.def(
       "nm_input_gradient(Tensor grad, Tensor values, Tensor offsets, int in_features, int n, int m, "

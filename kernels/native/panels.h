@@ -82,7 +82,8 @@ void copy_panel(const T* x, int64_t features, const int32_t* target, float* pane
   }
 }
 
-// The sums `rows` [features, kTokens] of one panel -> y [features, kPanel]: row i becomes output target[i].
+// The sums `rows` [features, kTokens] of one panel -> y [features, kPanel]: row i becomes output target[i]. A gate is laid out
+// like y.
 template <int64_t kTokens, typename T>
 void finish_panel(const float* sums, Range rows, const Epilogue<T>& epilogue, const int32_t* target, T* y) {
   with_activation(epilogue.activation, [&](auto activation) {
@@ -90,7 +91,8 @@ void finish_panel(const float* sums, Range rows, const Epilogue<T>& epilogue, co
       const int64_t j = target != nullptr ? target[i] : i;
       const Vec shift = splat(epilogue.bias[j]);
       for (int64_t t = 0; t < kTokens; t += kLanes) {
-        store(activation(load(sums + i * kTokens + t) + shift), y + j * kPanel + t);
+        const int64_t element = j * kPanel + t;
+        store(epilogue.combine(activation(load(sums + i * kTokens + t) + shift), element, kLanes), y + element);
       }
     }
   });

@@ -343,13 +343,13 @@ at::Tensor nm_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets, const OptionalTensor& bias,
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
     int64_t out_features, int64_t n, int64_t m, std::string_view activation, const OptionalTensor& residual,
-    at::OptionalIntArrayRef panels_of, bool to_panels) {
+    const OptionalTensor& gate, at::OptionalIntArrayRef panels_of, bool to_panels) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
   const Layout layout(x_in, panels_of, to_panels);
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const NmMatrix s = describe(layout.in_features(), values, offsets, out_features, n, m);
-  const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual);
+  const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual, gate);
   return dispatch(s, x, layout, epilogue, input_permutation, output_permutation);
 }
 
@@ -361,14 +361,16 @@ at::Tensor nm_input_gradient(
   const Layout layout(grad_in, std::nullopt, false);
   const at::Tensor grad = grad_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const NmMatrix s = describe(in_features, values, offsets, layout.in_features(), n, m);
-  const EpilogueOperands epilogue(grad, layout.output_sizes(in_features), in_features, std::nullopt, "none", std::nullopt);
+  const EpilogueOperands epilogue(
+      grad, layout.output_sizes(in_features), in_features, std::nullopt, "none", std::nullopt, std::nullopt);
   return dispatch(NmTransposed(s), grad, layout, epilogue, grad_permutation, result_permutation);
 }
 
 at::Tensor diagonal_linear(
     const at::Tensor& x_in, const at::Tensor& values_in, const at::Tensor& offsets_in, const OptionalTensor& bias,
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features,
-    std::string_view activation, const OptionalTensor& residual, at::OptionalIntArrayRef panels_of, bool to_panels) {
+    std::string_view activation, const OptionalTensor& residual, const OptionalTensor& gate, at::OptionalIntArrayRef panels_of,
+    bool to_panels) {
   check_operands(x_in, values_in, out_features);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "diagonal_linear has no native kernel for ", x_in.scalar_type());
   const Layout layout(x_in, panels_of, to_panels);
@@ -379,7 +381,7 @@ at::Tensor diagonal_linear(
   const int32_t* offsets = diagonal_offsets(offsets_in, std::max(in_features, out_features));
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
   const DiagonalMatrix s(in_features, out_features, offsets, diagonals, values.const_data_ptr<float>());
-  const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual);
+  const EpilogueOperands epilogue(x, layout.output_sizes(out_features), out_features, bias, activation, residual, gate);
   return dispatch(s, x, layout, epilogue, input_permutation, output_permutation);
 }
 

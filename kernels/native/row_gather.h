@@ -1,4 +1,4 @@
-// y = act(permute_out(S permute_in(x)) + bias) + residual for an S whose rows are short lists of (input, weight).
+// y = act(permute_out(S permute_in(x)) + bias) * gate + residual for an S whose rows are short lists of (input, weight).
 //
 // A panel of tokens is transposed to feature-major, which absorbs the input permutation: feature f is stored at row
 // inverse[f]. A few rows of S at a time are then sums of weights times panel rows, tokens in vector lanes. Transposing the
@@ -136,7 +136,7 @@ struct PanelOutput {
   template <int64_t kTokens>
   void store_sums(int64_t first, int64_t tokens, const float* sums, Range rows) const {
     if (panels) {
-      finish_panel<kTokens>(sums, rows, epilogue, inverse, y + first * features);
+      finish_panel<kTokens>(sums, rows, epilogue.from(0, first * features), inverse, y + first * features);
     } else if (rows.size() == features) {
       finish<kTokens>(first, tokens, sums);
     } else {
@@ -179,12 +179,10 @@ struct PanelOutput {
   // Vector i of a square becomes the outputs j to j + width of one token, at y[start + i * features].
   void finish_square(const Vec (&square)[kLanes], int64_t start, int64_t tokens, int64_t j, int64_t width) const {
     with_activation(epilogue.activation, [&](auto activation) {
-      const T* residual = epilogue.residual;
       const Vec shift = load_some(epilogue.bias + j, width);
       for (int64_t i = 0; i < tokens; ++i) {
         const int64_t element = start + i * features;
-        const Vec v = activation(square[i] + shift);
-        store_some(residual != nullptr ? v + load_some(residual + element, width) : v, y + element, width);
+        store_some(epilogue.combine(activation(square[i] + shift), element, width), y + element, width);
       }
     });
   }
@@ -193,8 +191,7 @@ struct PanelOutput {
   void store_column(Vec v, int64_t start, int64_t tokens) const {
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t element = start + i * features;
-      const float value = v[i];
-      y[element] = static_cast<T>(epilogue.residual != nullptr ? value + static_cast<float>(epilogue.residual[element]) : value);
+      y[element] = static_cast<T>(epilogue.combine(v[i], element));
     }
   }
 };

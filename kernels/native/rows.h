@@ -1,4 +1,4 @@
-// Copies of one row of features: converted, or finished with bias, activation and residual.
+// Copies of one row of features: converted, or finished with bias, activation, gate and residual.
 #pragma once
 
 #include <algorithm>
@@ -36,13 +36,13 @@ inline void finish_vectors(const float* z, const float* bias, int64_t size, T* y
   }
 }
 
-// y = act(z + bias) + residual for a row or a part of one.
+// y = act(z + bias) * gate + residual for a row or a part of one.
 template <typename T>
 inline void finish_row(const float* z, const Epilogue<T>& epilogue, int64_t size, T* y) {
   with_activation(epilogue.activation, [&](auto activation) {
-    if (const T* residual = epilogue.residual; residual != nullptr) {
+    if (epilogue.combines()) {
       finish_vectors(z, epilogue.bias, size, y, [=](Vec sums, int64_t j, int64_t width) {
-        return activation(sums) + load_some(residual + j, width);
+        return epilogue.combine(activation(sums), j, width);
       });
     } else {
       finish_vectors(z, epilogue.bias, size, y, [=](Vec sums, int64_t, int64_t) { return activation(sums); });
@@ -50,7 +50,7 @@ inline void finish_row(const float* z, const Epilogue<T>& epilogue, int64_t size
   });
 }
 
-// y[table[i]] = act(z[i] + bias[table[i]]) + residual[table[i]], for the rows of an output that several workers share.
+// y[j] = act(z[i] + bias[j]) * gate[j] + residual[j] with j = table[i], for the rows of an output that several workers share.
 template <typename T>
 inline void scatter_row(const float* z, const Epilogue<T>& epilogue, const int32_t* table, int64_t size, T* y) {
   with_activation(epilogue.activation, [&](auto activation) {
@@ -63,7 +63,7 @@ inline void scatter_row(const float* z, const Epilogue<T>& epilogue, const int32
       store(activation(load_some(z + i, width) + load(lanes)), lanes);
       for (int64_t l = 0; l < width; ++l) {
         const int32_t j = table[i + l];
-        y[j] = static_cast<T>(epilogue.residual != nullptr ? lanes[l] + static_cast<float>(epilogue.residual[j]) : lanes[l]);
+        y[j] = static_cast<T>(epilogue.combine(lanes[l], j));
       }
     }
   });

@@ -49,12 +49,12 @@ def _interleave_blocks(values: Any, row_pointers: Any, columns: Any, in_features
 @definition("padst_native::block_linear")
 def _native_block_linear(
     x: Any, values: Any, row_pointers: Any, columns: Any, bias: Any, input_permutation: Any, output_permutation: Any,
-    out_features: int, activation: str = "none", residual: Any = None, token_tile: int = 0,
+    out_features: int, activation: str = "none", residual: Any = None, gate: Any = None, token_tile: int = 0,
 ) -> Any:  # fmt: skip
     if len(values.shape) == 4:  # interleaved: [blocks, pairs, rows, 2]
         values = values.transpose(2, 3).flatten(1, 2)
     tables = (bias, input_permutation, output_permutation)
-    return _triton_block_linear(x, values, row_pointers, columns, *tables, out_features, activation, residual)
+    return _triton_block_linear(x, values, row_pointers, columns, *tables, out_features, activation, residual, gate)
 
 
 @definition("padst_triton::block_linear")
@@ -65,11 +65,13 @@ def _triton_block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *
 @definition("padst_native::nm_linear")
 def _native_nm_linear(
     x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
-    n: int, m: int, activation: str = "none", residual: Any = None, panels_of: Any = None, to_panels: bool = False,
+    n: int, m: int, activation: str = "none", residual: Any = None, gate: Any = None, panels_of: Any = None,
+    to_panels: bool = False,
 ) -> Any:  # fmt: skip
     tables = (bias, input_permutation, output_permutation)
     x = x if panels_of is None else _from_panels(x, panels_of)
-    y = _triton_nm_linear(x, values, offsets, *tables, out_features, n, m, activation, residual)
+    gate = gate if gate is None or not to_panels else _from_panels(gate, x.shape[:-1])
+    y = _triton_nm_linear(x, values, offsets, *tables, out_features, n, m, activation, residual, gate)
     return _to_panels(y) if to_panels else y
 
 
@@ -85,11 +87,12 @@ def _triton_nm_linear(
 @definition("padst_native::diagonal_linear")
 def _native_diagonal_linear(
     x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
-    activation: str = "none", residual: Any = None, panels_of: Any = None, to_panels: bool = False,
+    activation: str = "none", residual: Any = None, gate: Any = None, panels_of: Any = None, to_panels: bool = False,
 ) -> Any:  # fmt: skip
     tables = (bias, input_permutation, output_permutation)
     x = x if panels_of is None else _from_panels(x, panels_of)
-    y = _triton_diagonal_linear(x, values, offsets, *tables, out_features, activation, residual)
+    gate = gate if gate is None or not to_panels else _from_panels(gate, x.shape[:-1])
+    y = _triton_diagonal_linear(x, values, offsets, *tables, out_features, activation, residual, gate)
     return _to_panels(y) if to_panels else y
 
 
