@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
+from padst_compile import transformers_config
 from padst_compile.errors import AlreadySparseError, CompiledModelError, MetaDeviceError, MissingInputsError
 from padst_compile.layers import Origin, PermutedSparseLinear, build_layer
 from padst_compile.planning import Candidate, LayerPlan, Plan, Refusal, make_plan
@@ -31,7 +32,7 @@ class SparsifyReport:
     refusals: tuple[Refusal, ...]
 
 
-class _Linear(nn.Module):
+class Linear(nn.Module):
     """What `nn.Linear` and `Conv1D` have in common, for the type checker."""
 
     weight: torch.Tensor
@@ -58,8 +59,8 @@ def sparsify(model: M, spec: SpecLike, *, permutations: Mapping[str, torch.Tenso
         CompiledModelError, MetaDeviceError, MissingInputsError, InvalidPermutationError: the request is wrong; the model is
             untouched.
     """
-    _check_model(model)
-    modules = dict(_linears(model))
+    check_dense(model)
+    modules = dict(linears(model))
     plan = _plan(modules, model, spec)
     if permutations is None and any(layer.spec.permutation_group == "foldable" for layer in plan.layers):
         raise MissingInputsError(
@@ -69,9 +70,33 @@ def sparsify(model: M, spec: SpecLike, *, permutations: Mapping[str, torch.Tenso
         if modules[layer.name].weight.is_meta:
             raise MetaDeviceError(f"layer {layer.name!r} is on the meta device; materialise it first (model.to_empty, load)")
     replacements = _build(plan.layers, modules, permutations or {})
+    return _installed(model, replacements, SparsifyReport(plan.layers, plan.refusals))
+
+
+def install(model: M, layers: Mapping[str, PermutedSparseLinear], report: SparsifyReport) -> M:
+    """Put sparse layers in the places of the dense ones of these names, see `linears`; they are not checked.
+
+    Returns:
+        `model` itself; where `model` is a linear layer, its replacement.
+    """
+    modules = dict(linears(model))
+    return _installed(model, {id(modules[name]): layer for name, layer in layers.items()}, report)
+
+
+def _installed(model: M, replacements: dict[int, nn.Module], report: SparsifyReport) -> M:
     result = _commit(model, replacements)
-    setattr(result, _REPORT, SparsifyReport(plan.layers, plan.refusals))
+    setattr(result, _REPORT, report)
+    transformers_config.note(result)
     return result
+
+
+def planned(model: nn.Module, spec: SpecLike) -> tuple[LayerPlan, ...]:
+    """The layers that `sparsify` would make sparse.
+
+    Raises:
+        PadstError: the specification is wrong.
+    """
+    return _plan(dict(linears(model)), model, spec).layers
 
 
 def sparsify_report(model: nn.Module) -> SparsifyReport:
@@ -99,6 +124,7 @@ def densify(model: M) -> M:
     result = _commit(model, built)
     if hasattr(result, _REPORT):
         delattr(result, _REPORT)
+    transformers_config.forget(result)
     return result
 
 
@@ -109,7 +135,8 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, PermutedSparseLinear]
             yield name, module
 
 
-def _check_model(model: nn.Module) -> None:
+def check_dense(model: nn.Module) -> None:
+    """Raise CompiledModelError or AlreadySparseError if layers of a model cannot be replaced as they are."""
     for name, module in model.named_modules():
         if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
             raise CompiledModelError(f"module {name!r} is already compiled; call sparsify first, then torch.compile")
@@ -117,11 +144,11 @@ def _check_model(model: nn.Module) -> None:
             raise AlreadySparseError(f"layer {name!r} is already sparse; call padst.densify(model) before another sparsify")
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, _Linear]]:
+def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """Every module that looks like a linear layer; a module with several names appears once."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
-            yield name, cast("_Linear", module)
+            yield name, cast("Linear", module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -129,16 +156,18 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
-def _origin(module: nn.Module) -> Origin:
+def origin_of(module: nn.Module) -> Origin:
+    """What kind of dense layer this is."""
     return "conv1d" if _is_conv1d(module) else "linear"
 
 
-def _shape(module: _Linear) -> Shape:
+def shape_of(module: Linear) -> Shape:
+    """Its shape as a linear layer."""
     rows, columns = module.weight.shape
     return Shape(columns, rows) if _is_conv1d(module) else Shape(rows, columns)
 
 
-def _refusal(module: _Linear) -> str | None:
+def _refusal(module: Linear) -> str | None:
     """Why a layer must stay dense whatever the specification says, or None."""
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized; remove_parametrizations first"
@@ -158,14 +187,14 @@ def _refusal(module: _Linear) -> str | None:
     return None
 
 
-def _plan(modules: dict[str, _Linear], model: nn.Module, spec: SpecLike) -> Plan:
+def _plan(modules: dict[str, Linear], model: nn.Module, spec: SpecLike) -> Plan:
     """What becomes of every layer. Each tie that it would break leaves a layer dense, so the others are planned anew."""
     refusals = {name: _refusal(module) for name, module in modules.items()}
     refusals |= _half_tied({name: None for name, reason in refusals.items() if reason is None}, modules, model)
     while True:
         # A layer that stays dense needs no shape, and a lazy one has none.
         candidates = [
-            Candidate(name, _shape(modules[name]) if reason is None else Shape(0, 0), reason)
+            Candidate(name, shape_of(modules[name]) if reason is None else Shape(0, 0), reason)
             for name, reason in refusals.items()
         ]
         plan = make_plan(candidates, spec)
@@ -175,7 +204,7 @@ def _plan(modules: dict[str, _Linear], model: nn.Module, spec: SpecLike) -> Plan
         refusals |= ties
 
 
-def _half_tied(chosen: Mapping[str, object], modules: dict[str, _Linear], model: nn.Module) -> dict[str, str]:
+def _half_tied(chosen: Mapping[str, object], modules: dict[str, Linear], model: nn.Module) -> dict[str, str]:
     """Layers of `chosen` (with the specification of each) that cannot keep sharing their weight, and why."""
     replaced = {id(modules[name]) for name in chosen}
     dense_owner = {
@@ -191,20 +220,20 @@ def _half_tied(chosen: Mapping[str, object], modules: dict[str, _Linear], model:
         twin = first.setdefault(key, name)
         if key in dense_owner:
             ties[name] = f"its weight is shared with {dense_owner[key]!r}, which stays dense"
-        elif (_origin(modules[twin]), chosen[twin]) != (_origin(modules[name]), spec):
+        elif (origin_of(modules[twin]), chosen[twin]) != (origin_of(modules[name]), spec):
             ties[name] = f"its weight is shared with {twin!r}, which is laid out or specified otherwise"
     return ties
 
 
 def _build(
-    plans: Sequence[LayerPlan], modules: dict[str, _Linear], permutations: Mapping[str, torch.Tensor]
+    plans: Sequence[LayerPlan], modules: dict[str, Linear], permutations: Mapping[str, torch.Tensor]
 ) -> dict[int, nn.Module]:
     """The replacement of every planned layer, by id of the module it replaces; nothing is installed yet."""
     built: dict[int, nn.Module] = {}
     by_weight: dict[int, PermutedSparseLinear] = {}
     for plan in plans:
         module = modules[plan.name]
-        origin = _origin(module)
+        origin = origin_of(module)
         twin = by_weight.get(id(module.weight))
         if twin is not None:  # tied weights share values, topology and permutation
             layer = PermutedSparseLinear(twin.config, twin.values, twin.topology, twin.permutation, module.bias)

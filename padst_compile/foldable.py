@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch._C._dynamo.eval_frame import reset_code
 
 from padst_compile import conversion
-from padst_compile.conversion import sparse_layers, sparsify_report
+from padst_compile.conversion import planned, sparse_layers
 from padst_compile.errors import MissingInputsError
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.passes.axes.groups import OrderGroup, all_orders, free_leaves, no_orders
@@ -28,6 +28,7 @@ from padst_compile.passes.pipeline import Pipeline
 from padst_compile.passes.place_permutations import Placement, Site
 from padst_compile.passes.why_left import in_words
 from padst_compile.permutation import identity
+from padst_compile.permutation_search.exchanges import Exchanges
 from padst_compile.planning import LayerPlan
 from padst_compile.spec import SparsitySpec, SpecLike
 
@@ -114,7 +115,8 @@ def sparsify(model: M, spec: SpecLike, *inputs: Any, permutations: Mapping[str, 
         model: any module; its dense weights decide which weights stay active (`init="magnitude"`).
         spec: a `SparsitySpec`, or a mapping from name patterns to `SparsitySpec` or None (leave dense); first match wins.
         inputs: example inputs, needed where a specification has `permutation_group="foldable"`.
-        permutations: for some layers, by name, the permutation to start with: integers, `[features]`.
+        permutations: for some layers, by name, the permutation to start with: integers, `[features]`. What they are is up to
+            you; training under `permutation_group="foldable"` then exchanges only what folds for free.
 
     Returns:
         `model` itself; where `model` is a linear layer, its replacement.
@@ -122,18 +124,59 @@ def sparsify(model: M, spec: SpecLike, *inputs: Any, permutations: Mapping[str, 
     Raises:
         PadstError: the request is wrong, see `padst_compile.conversion.sparsify`; the model is untouched.
     """
-    if not inputs or permutations is not None:
+    if not inputs:
         return conversion.sparsify(model, spec, permutations=permutations)
     trial = conversion.sparsify(copy.deepcopy(model), _with_permutations(spec), permutations={})
-    restricted = [plan for plan in sparsify_report(trial).layers if plan.spec.permutation_group == "foldable"]
-    groups = foldable_permutations(trial, None, *inputs) if restricted else {}
-    drawn = {plan.name: _draw(plan, groups.get(plan.name)) for plan in restricted if plan.spec.permutation == "random"}
-    return conversion.sparsify(model, spec, permutations=drawn)
+    restricted = {
+        plan.name: plan
+        for plan in planned(model, spec)
+        if plan.spec.permutation_group == "foldable" and plan.spec.permutation != "none"
+    }
+    groups = _jointly_free(foldable_permutations(trial, None, *inputs), restricted) if restricted else {}
+    drawn = {name: _draw(plan, groups.get(name)) for name, plan in restricted.items() if plan.spec.permutation == "random"}
+    sparse = conversion.sparsify(model, spec, permutations={**drawn, **(permutations or {})})
+    _restrict(dict(sparse_layers(sparse)), restricted, groups)
+    return sparse
+
+
+def _jointly_free(groups: Mapping[str, FoldableGroup], restricted: Mapping[str, LayerPlan]) -> dict[str, FoldableGroup]:
+    """The groups of restricted layers, without those that hold only together with a layer that does not keep to them."""
+
+    def together(name: str) -> set[str]:
+        return {name, *groups[name].shared_with}
+
+    def kept(name: str) -> bool:
+        return all(
+            other in restricted
+            and restricted[other].spec.permutation == restricted[name].spec.permutation
+            and together(other) == together(name)
+            for other in together(name)
+        )
+
+    return {name: group for name, group in groups.items() if name in restricted and kept(name)}
+
+
+def _restrict(
+    layers: Mapping[str, PermutedSparseLinear], restricted: Mapping[str, LayerPlan], groups: Mapping[str, FoldableGroup]
+) -> None:
+    """Let the layers know which features training may exchange."""
+    known: dict[str, Exchanges] = {}
+    for name in restricted:
+        group = groups.get(name)
+        if group is not None:
+            others = (known[other] for other in group.shared_with if other in known)
+            known[name] = next(others, None) or _exchanges(group)
+        layers[name].exchanges = known.get(name, Exchanges(()))
+
+
+def _exchanges(group: FoldableGroup) -> Exchanges:
+    sets = tuple(torch.from_numpy(places) for places in group.group.exchanges())
+    return Exchanges(sets, holders=1 + len(group.shared_with))
 
 
 def _draw(plan: LayerPlan, group: FoldableGroup | None) -> torch.Tensor:
     """A random permutation of a group, the same for all layers that must share it."""
-    if group is None:  # the inputs do not reach the layer
+    if group is None:  # the inputs do not reach the layer, or another layer is in the way
         return identity(plan.permuted_features)
     sharing = sorted((group.layer, *group.shared_with))
     digest = hashlib.sha256(f"{plan.spec.seed}/foldable/{'/'.join(sharing)}".encode()).digest()

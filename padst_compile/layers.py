@@ -14,6 +14,7 @@ from padst_compile.errors import FeatureMismatchError, InvalidPermutationError
 from padst_compile.kernels.permute import permute
 from padst_compile.kernels.soft_permute import SOFT, soft_permute
 from padst_compile.kernels.structured_linear import structured_linear, to_dense
+from padst_compile.permutation_search.exchanges import Exchanges
 from padst_compile.planning import LayerPlan
 from padst_compile.structures import Shape, Structure, Topology
 
@@ -70,6 +71,8 @@ class PermutedSparseLinear(nn.Module):
         gate: tensor `[leading dimension of values, 1]` that multiplies the values while `padst.attach` learns which of them to
             keep (DynaDiag), else None.
 
+        exchanges: which features training may exchange (`permutation_group="foldable"`); None for all of them.
+
     The structure's index tensors are buffers under its `index_names`. All of them may be changed in place at any time.
     """
 
@@ -90,6 +93,7 @@ class PermutedSparseLinear(nn.Module):
         self._structure_name = config.structure.to_string()
         self.soft: SoftPermutation | None = None
         self.gate: torch.Tensor | None = None
+        self.exchanges: Exchanges | None = None
         self.values = values
         self.register_parameter("bias", bias)
         self.register_buffer("permutation", permutation)

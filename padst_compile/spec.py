@@ -49,7 +49,7 @@ class SparsitySpec:
             exchanges, as a control for structured permutations) or `"learned"` (starts as the identity).
         permutation_side: permute the layer's `"input"`, its `"output"`, or the `"smaller"` of the two (PA-DST section 3).
         permutation_group: `"any"` permutation, or only those that the model's graph folds for nothing (`"foldable"`, see
-            `padst.foldable_permutations`; `sparsify` then needs example inputs).
+            `padst.foldable_permutations`; `sparsify` then needs example inputs, and training learns within them).
         distribution: `"uniform"` gives every layer the same sparsity; `"erk"` (Erdős-Rényi kernel, Evci et al. 2020) gives
             small layers more weights at the same total.
         targets: patterns of the module names to sparsify: globs, or regular expressions after `re:`.
@@ -85,6 +85,10 @@ class SparsitySpec:
                 raise UnknownFieldError(f"{name} in the specification:", str(getattr(self, name)), choices)
         if self.distribution == "erk" and self.structure.natural_sparsity() is not None:
             raise SpecError("distribution 'erk' varies the sparsity per layer, which N:M fixes; use 'uniform'")
+        if self.permutation == "kaleidoscope" and self.permutation_group == "foldable":
+            raise SpecError(
+                "permutation 'kaleidoscope' draws from a family of its own, not from the group 'foldable'; use 'any'"
+            )
         for name in ("targets", "ignore"):
             object.__setattr__(self, name, _patterns(getattr(self, name), name))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

@@ -356,6 +356,22 @@ def test_permutations_within_blocks_stay_within_and_apply_after_the_start(
         assert sorted(p[places].tolist()) == sorted(start[places].tolist())
 
 
+def test_copies_of_a_group_move_alike_and_add_their_gradients() -> None:
+    parts = blocks.split([torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([6, 7])], 8, 3)
+    assert parts.orders.tolist() == [0, 0, 1]
+    for sign, moves in ((1, False), (-1, True)):
+        learner = SinkhornSTE(torch.arange(8), parts, updates=1, learning_rate=1.0)
+        assert learner.logits.shape == (2, 3, 3)
+        gradient = torch.zeros(3, 3, 3)
+        gradient[0] = sign * 3 * torch.eye(3)  # alone it would decide otherwise
+        gradient[1] = sign * -4 * torch.eye(3)
+        learner.update(gradient)
+        found = learner.hard()
+        assert (found[:3].tolist() != [0, 1, 2]) == moves
+        assert torch.equal(found[3:6], found[:3] + 3)
+        assert found[6:].tolist() == [6, 7]
+
+
 @pytest.mark.parametrize(
     "groups", [[], [torch.tensor([0, 5])], [torch.tensor([-1])], [torch.tensor([0, 1]), torch.tensor([1])]]
 )

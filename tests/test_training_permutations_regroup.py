@@ -83,6 +83,18 @@ def test_with_all_features_as_candidates_no_order_is_better(problem: tuple[torch
     assert value(order) == max(value(torch.tensor(other)) for other in every)
 
 
+@given(problems(), SEEDS)
+def test_features_stay_in_their_set(problem: tuple[torch.Tensor, PlaceUnits], seed: int) -> None:
+    scores, units = problem
+    sets = torch.randint(-1, 3, (scores.shape[1],), generator=seeded(seed))
+    order = regroup(scores, units, fraction=1.0, gain=0.0, generator=seeded(), sets=sets)
+    assert torch.equal(sets[order], sets)
+    assert torch.equal(order[sets < 0], (sets < 0).nonzero().flatten())
+    assert benefit(scores, units, order) >= benefit(scores, units)
+    whole = regroup(scores, units, fraction=1.0, gain=0.0, generator=seeded(), sets=torch.zeros_like(sets))
+    assert torch.equal(whole, regroup(scores, units, fraction=1.0, gain=0.0, generator=seeded()))
+
+
 @given(problems())
 def test_a_second_run_of_a_full_search_finds_nothing_more(problem: tuple[torch.Tensor, PlaceUnits]) -> None:
     scores, units = problem

@@ -14,7 +14,7 @@ from padst_compile.errors import AlreadyAttachedError, AttachError, NotAttachedE
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.structures import NM, Diagonal
 from padst_compile.training.config import DSTConfig
-from padst_compile.training.learners import make_learner
+from padst_compile.training.learners import make_learners
 from padst_compile.training.runtime import Runtime
 from padst_compile.training.sharding import is_sharded, resharder
 from padst_compile.training.topology import needs_gradient
@@ -65,7 +65,7 @@ def attach(
     _stagger(layers, config)
     _check_ranks(layers, world)
     try:
-        runtime = Runtime(layers, optimizers, config, world, lambda layer: make_learner(layer, config), grad_scaler, reshard)
+        runtime = Runtime(layers, optimizers, config, world, make_learners(layers, config), grad_scaler, reshard)
     except Exception:
         for _, layer in named:  # those before the one that was refused
             layer.soft = layer.gate = None

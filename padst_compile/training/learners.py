@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from padst_compile.errors import AttachError
 from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT
 from padst_compile.layers import SoftPermutation
@@ -33,17 +34,73 @@ _SINKHORN_RATE = 0.05
 _NOTHING: tuple[tuple[Reducer, ...], tuple[Reducer, ...]] = ((), ())
 
 
-def make_learner(trained: TrainedLayer, config: DSTConfig) -> PermutationLearner | None:
-    """The learner of a layer's permutation; None where there is none to learn."""
-    if config.permutation is None or trained.layer.permutation is None:
-        return None
-    match config.permutation.method:
+def make_learners(layers: Sequence[TrainedLayer], config: DSTConfig) -> list[PermutationLearner | None]:
+    """The learner of each layer's permutation; None where there is none to learn, or nothing that it may exchange.
+
+    Layers that may only have one permutation together (`Exchanges`) learn it together under sinkhorn_ste and keep it under
+    the other methods, or where some of them are not in training or have another optimizer.
+
+    Raises:
+        AttachError: no layer has anything to learn, or autoshuffle, whose matrices mix all features, may not.
+    """
+    if config.permutation is None:
+        return [None] * len(layers)
+    together = _sharing(layers)
+    leaders: dict[int, SinkhornLearner] = {}
+    learners: list[PermutationLearner | None] = []
+    for trained in layers:
+        exchanges, mates = trained.exchanges, together.get(id(trained.exchanges), [trained])
+        alone = exchanges is None or exchanges.holders == len(trained.layers)
+        if trained.layer.permutation is None or (exchanges is not None and not exchanges.sets):
+            learners.append(None)
+        elif alone:
+            learners.append(_make_learner(trained, config, config.permutation))
+        elif config.permutation.method != "sinkhorn_ste" or not _complete(mates):
+            learners.append(None)
+        elif trained is mates[0]:
+            leaders[id(exchanges)] = SinkhornLearner(trained, config, config.permutation, mates[1:])
+            learners.append(leaders[id(exchanges)])
+        else:
+            learners.append(FollowingLearner(leaders[id(exchanges)], trained))
+    if not any(learners):
+        raise AttachError(
+            "no layer in training has a permutation that it may learn: what folds for free is the identity alone, or must be "
+            "shared; sparsify with permutation_group='any', or leave DSTConfig.permutation out"
+        )
+    return learners
+
+
+def _make_learner(trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> PermutationLearner | None:
+    match method.method:
         case "autoshuffle":
-            return AutoShuffleLearner(trained, config, config.permutation)
+            return AutoShuffleLearner(trained, config, method)
         case "sinkhorn_ste":
-            return SinkhornLearner(trained, config, config.permutation)
+            return SinkhornLearner(trained, config, method)
         case "regroup":
-            return RegroupLearner(trained, config, config.permutation)
+            return None if bool((_sets(trained) < 0).all()) else RegroupLearner(trained, config, method)
+
+
+def _sharing(layers: Sequence[TrainedLayer]) -> dict[int, list[TrainedLayer]]:
+    """The layers that hold each `Exchanges`, by its id."""
+    found: dict[int, list[TrainedLayer]] = {}
+    for trained in layers:
+        if trained.exchanges is not None:
+            found.setdefault(id(trained.exchanges), []).append(trained)
+    return found
+
+
+def _complete(mates: Sequence[TrainedLayer]) -> bool:
+    """Whether all layers that must have one permutation take part, and step together."""
+    first = mates[0]
+    assert first.exchanges is not None  # or it would have no mates
+    alike = all(each.optimizer is first.optimizer and torch.equal(_permutation(each), _permutation(first)) for each in mates)
+    return alike and sum(len(each.layers) for each in mates) == first.exchanges.holders
+
+
+def _sets(trained: TrainedLayer) -> torch.Tensor:
+    """For each place the number of the set within which regroup may exchange it, -1 for none; int64 `[features]`."""
+    size = _permutation(trained).numel()
+    return torch.zeros(size, dtype=torch.int64) if trained.exchanges is None else trained.exchanges.independent(size)
 
 
 class AutoShuffleLearner:
@@ -52,6 +109,11 @@ class AutoShuffleLearner:
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
         assert trained.layer.permutation is not None
         assert config.total_steps is not None
+        if bool((_sets(trained) != 0).any()):
+            raise AttachError(
+                f"layer {trained.name!r} may exchange only some features (permutation_group='foldable'), while the matrix of "
+                "autoshuffle mixes all; learn with 'sinkhorn_ste' or 'regroup', or sparsify with permutation_group='any'"
+            )
         self.trained, self.method = trained, method
         self._warmup, self._deadline = (int(part * config.total_steps) for part in (method.warmup, method.deadline))
         matrix = birkhoff.initial(trained.layer.permutation, generator=trained.generator(config.seed, 0, "soft permutation"))
@@ -194,22 +256,28 @@ class SinkhornLearner:
     hard = True
     hardened_at = 0
 
-    def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
-        permutation = trained.layer.permutation
-        assert permutation is not None
+    def __init__(
+        self,
+        trained: TrainedLayer,
+        config: DSTConfig,
+        method: LearnedPermutation,
+        followers: Sequence[TrainedLayer] = (),
+    ) -> None:
+        permutation = _permutation(trained)
         assert config.total_steps is not None
         self.trained = trained
         self._interval = method.interval or config.interval
         self._deadline = int(method.deadline * config.total_steps)
-        size = permutation.numel()
+        size, exchanges = permutation.numel(), trained.exchanges
+        places = [torch.arange(size)] if exchanges is None else exchanges.sets
         self._learner = SinkhornSTE(
             permutation,
-            split([torch.arange(size)], size, method.group, trained.name),
+            split(places, size, method.group, trained.name),
             updates=max(1, self._deadline // self._interval),
             learning_rate=_SINKHORN_RATE * method.learning_rate,
             owner=trained.name,
         )
-        self._gradient = _BlockGradient(trained, self._learner)
+        self._gradients = {each.name: _BlockGradient(each, self._learner) for each in (trained, *followers)}
 
     def permutation(self) -> torch.Tensor:
         """See `PermutationLearner`."""
@@ -217,19 +285,25 @@ class SinkhornLearner:
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """See `PermutationLearner`."""
-        self._gradient = _BlockGradient(self.trained, self._learner)
-        return ((), (self._gradient,)) if self._due(step) else _NOTHING
+        return self.listen_to(self.trained, step)
+
+    def listen_to(self, trained: TrainedLayer, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """The same for one of the layers that learn together."""
+        gradient = self._gradients[trained.name] = _BlockGradient(trained, self._learner)
+        return ((), (gradient,)) if self._due(step) else _NOTHING
 
     def after_step(self, step: int, world: World, loss_scale: float) -> None:
         """See `PermutationLearner`."""
         if not self._due(step):
             return
-        own = self._gradient.total
-        if world.any(own is None, self._learner.logits.device):
+        parts = [gradient.total for gradient in self._gradients.values() if gradient.total is not None]
+        if world.any(len(parts) < len(self._gradients), self._learner.logits.device):
             return
-        assert own is not None
-        self._learner.update(world.add_up(own).div_(world.size * loss_scale))
-        self.trained.layer.set_permutation(world.agree(self._learner.hard()))
+        total = torch.stack(parts).sum(0)
+        self._learner.update(world.add_up(total).div_(world.size * loss_scale))
+        chosen = world.agree(self._learner.hard())
+        for gradient in self._gradients.values():
+            gradient.trained.layer.set_permutation(chosen)
 
     def finish(self, world: World) -> None:
         """See `PermutationLearner`; nothing to harden."""
@@ -266,6 +340,38 @@ class _BlockGradient:
         else:
             part = torch.einsum("bix,bjx->bij", gradient[table[places]], weight[features])
         self.total = part if self.total is None else self.total + part
+
+
+class FollowingLearner:
+    """Of a layer that must have the permutation of another: hands its gradient to that one's learner, which sets both."""
+
+    penalty = 0.0
+    hard = True
+    hardened_at = 0
+
+    def __init__(self, leader: SinkhornLearner, trained: TrainedLayer) -> None:
+        self.leader, self.trained = leader, trained
+
+    def permutation(self) -> torch.Tensor:
+        """See `PermutationLearner`."""
+        return _permutation(self.trained)
+
+    def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """See `PermutationLearner`."""
+        return self.leader.listen_to(self.trained, step)
+
+    def after_step(self, step: int, world: World, loss_scale: float) -> None:
+        """See `PermutationLearner`; the leader comes first and has acted."""
+
+    def finish(self, world: World) -> None:
+        """See `PermutationLearner`; nothing to harden."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `PermutationLearner`; the leader has it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `PermutationLearner`."""
 
 
 class RegroupLearner:
@@ -309,6 +415,7 @@ class RegroupLearner:
             fraction=self._fraction(step),
             generator=self.trained.generator(self.config.seed, step, "regroup"),
             gain=self.method.gain,
+            sets=_sets(self.trained),
         )
         order = world.agree(order)
         if not torch.equal(order, torch.arange(order.numel(), device=order.device)):

@@ -58,7 +58,7 @@ class Runtime:
         optimizers: Sequence[torch.optim.Optimizer],
         config: DSTConfig,
         world: World,
-        make_learner: Callable[[TrainedLayer], PermutationLearner | None],
+        learners: Sequence[PermutationLearner | None],
         grad_scaler: torch.amp.GradScaler | None = None,
         reshard: Callable[[], None] = lambda: None,
     ) -> None:
@@ -66,7 +66,8 @@ class Runtime:
         self._reshard = reshard
         self._optimizers, self._grad_scaler = tuple(optimizers), grad_scaler
         self._steps = [0] * len(optimizers)
-        self._members = [_Member(layer, make_learner(layer), _gates(layer, config)) for layer in layers]
+        pairs = zip(layers, learners, strict=True)
+        self._members = [_Member(layer, learner, _gates(layer, config)) for layer, learner in pairs]
         self.updates = self.skipped = 0
         self.update_seconds = self.hook_seconds = self.learning_seconds = 0.0
         self.last_update: tuple[TopologyUpdate, ...] = ()

@@ -12,8 +12,10 @@ import torch
 
 from padst_compile.kernels import gradient_tap
 from padst_compile.layers import PermutedSparseLinear
+from padst_compile.permutation_search.exchanges import Exchanges
 from padst_compile.structures import Shape, Structure
 
+_NO_EXCHANGES = Exchanges(())
 _FINE = 4  # weights to a unit, below which units are fine
 
 
@@ -54,6 +56,12 @@ class TrainedLayer:
     def shape(self) -> Shape:
         """Of the layer."""
         return self.layer.config.shape
+
+    @property
+    def exchanges(self) -> Exchanges | None:
+        """Which features it may exchange; None for all. None of them if the layers with these values do not agree."""
+        first = self.layer.exchanges
+        return first if all(layer.exchanges is first for layer in self.layers) else _NO_EXCHANGES
 
     @property
     def has_fine_units(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from padst_compile.passes.axes.axis import Axis
 from padst_compile.passes.axes.orders import Freedom, Order
@@ -66,6 +67,47 @@ class OrderGroup:
                     table[index] = permutation(int(leaf.size))
                 labels[leaf] = table.tobytes()
         return self.freedom.assemble(self.axis, labels)
+
+    def exchanges(self) -> list[npt.NDArray[np.int64]]:
+        """Sets of places, `[copies, width]` each: any orders of the sets together are in the group, those of a row in all rows.
+
+        A set is one free leaf at one index of what its order depends on. Of leaves that reorder the same places, as heads and
+        the channels within them do, the finer one stands: whole heads move where nothing within them may.
+        """
+        rows = [self._rows(leaf, place) for leaf in self._ordered() for place in self._table_places(leaf)]
+        found: list[npt.NDArray[np.int64]] = []
+        taken: set[int] = set()
+        for places in sorted(rows, key=len):
+            if places.size and taken.isdisjoint(places.ravel().tolist()):
+                found.append(places)
+                taken.update(places.ravel().tolist())
+        return found
+
+    def _ordered(self) -> list[Axis]:
+        return [leaf for leaf in self.freedom.leaves(self.axis) if leaf in self.free and leaf.size != 1]
+
+    def _table_places(self, leaf: Axis) -> Iterable[tuple[int, ...]]:
+        return np.ndindex(*(int(major.size) for major in self.freedom.depends(leaf)))
+
+    def _rows(self, leaf: Axis, place: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """The places that an entry of a leaf's table reorders, `[copies, leaf.size]`; read off what such entries do."""
+        size = int(leaf.size)
+        turned = self._assembled(leaf, place, np.roll(np.arange(size), -1))  # each copy becomes one cycle
+        swapped = self._assembled(leaf, place, np.array([1, 0, *range(2, size)]))
+        firsts = [
+            start
+            for start in np.flatnonzero(swapped != np.arange(swapped.size))
+            if turned[start] == swapped[start] and (size > 2 or start < turned[start])  # of two, either is first
+        ]
+        rows = np.array(firsts, dtype=np.int64).reshape(-1, 1)
+        for _ in range(size - 1):
+            rows = np.concatenate((rows, turned[rows[:, -1:]]), 1)
+        return rows
+
+    def _assembled(self, leaf: Axis, place: tuple[int, ...], order: Order) -> Order:
+        table = self.freedom.table(leaf, self.freedom.identity(leaf)).copy()
+        table[place] = order
+        return self.freedom.assemble(self.axis, {leaf: table.tobytes()})
 
     def _free(self, axis: Axis) -> bool:
         return any(leaf in self.free for leaf in self.freedom.leaves(axis))

@@ -38,7 +38,13 @@ def benefit(scores: torch.Tensor, units: PlaceUnits, order: torch.Tensor | None 
 
 
 def regroup(
-    scores: torch.Tensor, units: PlaceUnits, *, fraction: float, generator: torch.Generator, gain: float = 0.05
+    scores: torch.Tensor,
+    units: PlaceUnits,
+    *,
+    fraction: float,
+    generator: torch.Generator,
+    gain: float = 0.05,
+    sets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """An order of the features with a larger total benefit.
 
@@ -53,6 +59,7 @@ def regroup(
         generator: of the random candidates.
         gain: least relative gain. An early experiment without such a threshold, and with a fraction of 0.6, lost to a
             random permutation that stays.
+        sets: int64 `[n]`: places with the same number may exchange features, those with -1 none; None for all with all.
 
     Returns:
         int64 `[n]` on the device of the scores: place `s` gets the feature that was at place `order[s]`. The identity where
@@ -62,16 +69,20 @@ def regroup(
         PermutationScoresError: scores that are not finite.
     """
     order = torch.arange(scores.shape[1])
+    sets = torch.zeros_like(order) if sets is None else sets.cpu()
     candidates = _candidates(scores, units, int(fraction * scores.shape[1]), generator)
+    candidates = candidates[sets[candidates] >= 0]
     if candidates.numel() < 2:
         return order.to(scores.device)
-    group = units.group.cpu()[candidates]
+    group, sets = units.group.cpu()[candidates], sets[candidates]
     at = candidates.to(scores.device)
     # [places, features]: what each candidate would have at each candidate's place
     benefits = (units.active[:, units.group[at]].double().T @ scores[:, at].double()).cpu()
     staying = group[:, None] == group[None, :]
-    sources = harden(benefits.where(~staying, benefits * (1 + gain)), "regroup").long()
-    sources = _only_between_groups(sources, group)
+    wanted = benefits.where(~staying, benefits * (1 + gain))
+    forbidden = -1 - wanted.sum()  # below what any permitted exchange could make up for
+    sources = harden(wanted.where(sets[:, None] == sets[None, :], forbidden), "regroup").long()
+    sources = _only_between_groups(sources, torch.unique(torch.stack((sets, group)), dim=1, return_inverse=True)[1])
     accepted = _clear_gains(sources, benefits, gain)
     order[candidates] = candidates[accepted]
     return order.to(scores.device)

@@ -79,7 +79,8 @@ class SinkhornSTE:
         self.owner = owner
         width = blocks.places.shape[1]
         self._eye = torch.eye(width, dtype=torch.bool, device=start.device)
-        logits = (margin * self._eye.float()).expand(blocks.places.shape[0], -1, -1).contiguous()
+        self._valid = self._blocks.valid_of_orders()
+        logits = (margin * self._eye.float()).expand(self._valid.shape[0], -1, -1).contiguous()
         self._adam = Adam(logits)
 
     @property
@@ -94,7 +95,7 @@ class SinkhornSTE:
 
     @property
     def logits(self) -> torch.Tensor:
-        """float32 `[blocks, width, width]`; rows are places, columns features."""
+        """float32 `[orders, width, width]`; rows are places, columns features."""
         return self._adam.parameter
 
     @property
@@ -103,7 +104,7 @@ class SinkhornSTE:
         return int(self._adam.steps)
 
     def soft(self) -> torch.Tensor:
-        """The soft permutations at the present temperature, `[blocks, width, width]`."""
+        """The soft permutations at the present temperature, `[orders, width, width]`."""
         with torch.no_grad():
             return self._soften(self.logits)
 
@@ -126,7 +127,7 @@ class SinkhornSTE:
         logits = self.logits.detach().clone().requires_grad_()
         with torch.enable_grad():
             soft = self._soften(logits)
-        (through,) = torch.autograd.grad(soft, logits, gradient.to(soft.dtype))
+        (through,) = torch.autograd.grad(soft, logits, self._blocks.add_up(gradient.to(soft.dtype)))
         self._adam.step(through, self.learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class SinkhornSTE:
 
     def _soften(self, logits: torch.Tensor) -> torch.Tensor:
         """What fills blocks up keeps to itself: exactly 1 on the diagonal, 0 elsewhere."""
-        valid = self._blocks.valid
+        valid = self._valid
         inside = valid[:, :, None] & valid[:, None, :]
         masked = logits.masked_fill(~inside, _NEVER).masked_fill(~inside & self._eye, 0.0)
         return sinkhorn(masked, self.iterations, temperature_at(self.update_count, self.updates, *self.temperature))
