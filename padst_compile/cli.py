@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -24,9 +24,11 @@ from padst_compile.benchmarking.report import comparison_table, write_json, writ
 from padst_compile.benchmarking.run import Comparison, Settings, compare
 from padst_compile.conversion import sparse_layers, sparsify
 from padst_compile.doctor import examine
-from padst_compile.drawing.picture import draw
-from padst_compile.errors import MissingDeviceError, PadstError, UnknownFieldError
+from padst_compile.drawing.picture import draw, picture
+from padst_compile.drawing.svg import to_svg
+from padst_compile.errors import DrawingError, MissingDeviceError, PadstError, UnknownFieldError
 from padst_compile.explain import explain as explain_model
+from padst_compile.explanation_page import write_page
 from padst_compile.recipes import TrainConfig
 from padst_compile.recipes import run as run_training
 from padst_compile.recipes.display import Display, result_line, result_table
@@ -117,7 +119,10 @@ def explain(
     threads: Threads = None,
     targets: Targets = None,
     json_path: JsonPath = None,
-    picture: Annotated[Path | None, typer.Option("--draw", help="draw a block before and after: a file .svg or .dot")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="write a page with all of it here")] = None,
+    graph: Annotated[
+        Path | None, typer.Option("--graph", "--draw", help="draw a block before and after: a file .svg, .png or .dot")
+    ] = None,
     block: Annotated[str | None, typer.Option(help="module to draw; the first block if not given")] = None,
 ) -> None:
     """Say what the compiler does with each layer and each permutation of a model, and why."""
@@ -128,11 +133,17 @@ def explain(
         sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side, targets))
         with console.status(f"{model}: capturing and running the passes"), torch.no_grad():
             explanation = explain_model(sparse, *case.inputs_as(_dtype(dtype)), **case.kwargs)
-            if picture is not None:
-                draw(sparse, picture, *case.inputs_as(_dtype(dtype)), block=block, **case.kwargs)
+            if graph is not None:
+                draw(sparse, graph, *case.inputs_as(_dtype(dtype)), block=block, **case.kwargs)
+            if page is not None:
+                drawn = _svg(sparse, block, case.inputs_as(_dtype(dtype)), case.kwargs)
+                sparsified = f"{structure}, permutation {permutation} of the {side} side, batch {batch}, {dtype}"
+                facts = {"sparsified as": sparsified, **{k: str(v) for k, v in describe_machine().items() if v is not None}}
+                write_page(page, explanation, model, facts, drawn)
     explanation.render(console)
-    if picture is not None:
-        console.print(f"drawn in {picture}", soft_wrap=True)
+    for what, file in (("drawn in", graph), ("page in", page)):
+        if file is not None:
+            console.print(f"{what} {file}", soft_wrap=True)
     if json_path is not None:
         console.print(f"written to {write_json(explanation.to_dict(), json_path)}")
 
@@ -291,6 +302,16 @@ def doctor(json_path: JsonPath = None) -> None:
     console.print(table)
     if json_path is not None:
         console.print(f"written to {write_json([finding.to_dict() for finding in findings], json_path)}")
+
+
+def _svg(model: torch.nn.Module, block: str | None, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A block of the model; nothing if there is none that can be drawn, unless it was asked for by name."""
+    try:
+        return to_svg(picture(model, block, inputs, kwargs))
+    except DrawingError:
+        if block is not None:
+            raise
+        return ""
 
 
 def _compare(case: ModelCase, spec: SparsitySpec, settings: Settings) -> Comparison:

@@ -36,11 +36,13 @@ class LayerExplanation:
         shape: "in -> out" features.
         structure: short form, or "dense"; "diagonal:16 as block:64x16" where the layer runs as another structure.
         density: active weights as a fraction.
-        kernel: "native" (C++), "triton", "aten" or "dense".
+        kernel: "native" (C++), "triton", "registered", "aten", "dense", or "eager" if no graph reaches it.
         fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
             "gate", "residual", "feature-major input", "feature-major output").
         reason: why this kernel, or why the layer is dense.
         speedup: dense time over sparse time where both were measured.
+        sparse_seconds: median time of the best sparse kernel where it was measured, with gradients while training.
+        dense_seconds: the same of the dense product.
     """
 
     name: str
@@ -51,6 +53,8 @@ class LayerExplanation:
     fused: tuple[str, ...]
     reason: str
     speedup: float | None = None
+    sparse_seconds: float | None = None
+    dense_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +207,8 @@ def _explain_decision(decision: LayerDecision) -> LayerExplanation:
         fused=decision.fused,
         reason=choice.reason,
         speedup=choice.dense_seconds / choice.sparse_seconds if measured else None,  # type: ignore[operator]  # measured
+        sparse_seconds=choice.sparse_seconds,
+        dense_seconds=choice.dense_seconds,
     )
 
 

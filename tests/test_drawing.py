@@ -100,6 +100,16 @@ def test_layouts_keep_boxes_apart_and_lead_long_edges_around() -> None:
     assert layout.lanes == (None, None, None, None, 0)
 
 
+def test_a_picture_as_png(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
+    image = pytest.importorskip("PIL.Image")
+    draw(vit("*.proj", "*.fc2"), tmp_path / "block.png", images())
+    with image.open(tmp_path / "block.png") as drawn:
+        assert drawn.format == "PNG"
+        heading = drawn.convert("L").crop((0, 20, drawn.width, 100))  # words alone: without fonts it would be white
+        assert heading.getextrema()[0] < 100
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".dot"])
 def test_a_picture_names_every_box(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new folder" / f"block{suffix}"
@@ -117,7 +127,7 @@ def test_a_model_without_permutations_can_be_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "block", "message"),
     [
-        ("block.png", None, "write .svg or .dot"),
+        ("block.gif", None, "write .svg, .png, .dot"),
         ("block.svg", "block.0", "no module 'block.0'"),
         ("block.svg", "blocks.0.drop_path1", "do not reach"),
     ],

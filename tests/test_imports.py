@@ -56,9 +56,10 @@ LAYERS = (
     "cli",
 )
 FOR_TESTS_ALONE = "testing"
+    "explanation_page",
 FOR_OTHER_LOOPS = "integrations"  # each module is imported by who has its package
 OPTIONAL = ("timm", "transformers", "accelerate", "lightning", "torchvision", "pyarrow", "PIL", "matplotlib")
-LATE = (*OPTIONAL, "hypothesis", "typer", "rich")
+LATE = (*OPTIONAL, "hypothesis", "typer", "rich", "resvg_py")
 ROOT_FOLDERS = ("kernels", "passes", "autotune")
 
 

@@ -14,9 +14,10 @@ from torch._C._dynamo.eval_frame import reset_code
 from padst_compile.conversion import sparse_layers
 from padst_compile.drawing.block_graph import BlockGraph, block_graph, first_block
 from padst_compile.drawing.dot import to_dot
+from padst_compile.drawing.png import to_png
 from padst_compile.drawing.svg import to_svg
 from padst_compile.errors import DrawingError
-from padst_compile.files import replace_text
+from padst_compile.files import replace_file
 from padst_compile.passes.context import HOISTED, Context, static_tensors
 from padst_compile.passes.graph import PERMUTE, STRUCTURED_LINEAR, argument, copy_graph, is_call
 from padst_compile.passes.pipeline import Pipeline, rules
@@ -41,7 +42,7 @@ class Picture:
     gone: frozenset[int]
 
 
-_WRITERS: dict[str, Callable[[Picture], str]] = {".svg": to_svg, ".dot": to_dot}
+_WRITERS: dict[str, Callable[[Picture], str | bytes]] = {".svg": to_svg, ".png": to_png, ".dot": to_dot}
 
 
 def draw(model: nn.Module, path: Path, *inputs: Any, block: str | None = None, **keyword_inputs: Any) -> Path:
@@ -49,25 +50,27 @@ def draw(model: nn.Module, path: Path, *inputs: Any, block: str | None = None, *
 
     Args:
         model: a sparsified model.
-        path: ends in `.svg` or `.dot`.
+        path: ends in `.svg`, `.png` or `.dot`.
         inputs: positional inputs, as for calling the model.
         block: name of a module; by default the first numbered one that holds several sparse layers.
         keyword_inputs: keyword inputs.
 
     Raises:
         DrawingError: a file type that is not known, a module that is not there, or a block that the inputs do not reach.
+        MissingPackageError: a PNG without resvg_py and matplotlib.
     """
     if path.suffix not in _WRITERS:
-        raise DrawingError(f"cannot draw {path.suffix or 'a file without a suffix'}; write {' or '.join(_WRITERS)}")
-    name = first_block(name for name, _ in sparse_layers(model)) if block is None else block
-    found = picture(model, name, inputs, keyword_inputs)
+        raise DrawingError(f"cannot draw {path.suffix or 'a file without a suffix'}; write {', '.join(_WRITERS)}")
+    drawn = _WRITERS[path.suffix](picture(model, block, inputs, keyword_inputs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, _WRITERS[path.suffix](found))
+    content = drawn.encode() if isinstance(drawn, str) else drawn
+    replace_file(path, lambda draft: draft.write_bytes(content))
     return path
 
 
-def picture(model: nn.Module, block: str, inputs: Sequence[Any], keyword_inputs: Mapping[str, Any]) -> Picture:
-    """What there is to draw of a block."""
+def picture(model: nn.Module, block: str | None, inputs: Sequence[Any], keyword_inputs: Mapping[str, Any]) -> Picture:
+    """What there is to draw of a block, of the one that is drawn by default if it is None."""
+    block = first_block(name for name, _ in sparse_layers(model)) if block is None else block
     if block not in dict(model.named_modules()):
         raise DrawingError(f"the model has no module {block!r}")
     with torch.no_grad():
