@@ -52,7 +52,7 @@ StructureName = Annotated[
     str, typer.Option(help="block:64, block:32x64, nm:1:10, nm:1:10:8, diagonal, diagonal:16, unstructured")
 ]
 Sparsity = Annotated[float | None, typer.Option(help="fraction of zeros; N:M has its own")]
-PermutationName = Annotated[str, typer.Option(help="none, random, kaleidoscope or learned")]
+PermutationName = Annotated[str, typer.Option(help="none, random, kaleidoscope, search or learned")]
 Side = Annotated[str, typer.Option(help="input, output or smaller")]
 Batch = Annotated[int, typer.Option(min=1, help="images or sequences")]
 Tokens = Annotated[int, typer.Option(min=1, help="length of a sequence; rows for linear:")]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch._dynamo import OptimizedModule
 from torch.nn.utils import parametrize
 
 from padst_compile import transformers_config
-from padst_compile.errors import AlreadySparseError, CompiledModelError, MetaDeviceError, MissingInputsError
+from padst_compile.calibration import input_norms
+from padst_compile.errors import AlreadySparseError, CalibrationError, CompiledModelError, MetaDeviceError, MissingInputsError
 from padst_compile.layers import Origin, PermutedSparseLinear, build_layer
 from padst_compile.planning import Candidate, LayerPlan, Plan, Refusal, make_plan
 from padst_compile.spec import SpecLike
@@ -39,7 +40,13 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
 
 
-def sparsify(model: M, spec: SpecLike, *, permutations: Mapping[str, torch.Tensor] | None = None) -> M:
+def sparsify(
+    model: M,
+    spec: SpecLike,
+    *,
+    permutations: Mapping[str, torch.Tensor] | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> M:
     """Replace linear layers by permuted structured-sparse ones, in place.
 
     Covers `nn.Linear` and transformers' `Conv1D`. A layer that cannot be replaced without changing what the model means (a
@@ -50,14 +57,15 @@ def sparsify(model: M, spec: SpecLike, *, permutations: Mapping[str, torch.Tenso
         model: any module; its dense weights decide which weights stay active (`init="magnitude"`).
         spec: a `SparsitySpec`, or a mapping from name patterns to `SparsitySpec` or None (leave dense); first match wins.
         permutations: for some layers, by name, the permutation to start with: integers, `[features]`.
+        calibration: batches for `init="activation"`, see `calibration.input_norms`.
 
     Returns:
         `model` itself; where `model` is a linear layer, its replacement.
 
     Raises:
         PatternError, StructureMismatchError, EmptyLayerError, NothingToSparsifyError, AlreadySparseError,
-        CompiledModelError, MetaDeviceError, MissingInputsError, InvalidPermutationError: the request is wrong; the model is
-            untouched.
+        CompiledModelError, MetaDeviceError, MissingInputsError, InvalidPermutationError, CalibrationError: the request is
+            wrong; the model is untouched.
     """
     check_dense(model)
     modules = dict(linears(model))
@@ -69,7 +77,8 @@ def sparsify(model: M, spec: SpecLike, *, permutations: Mapping[str, torch.Tenso
     for layer in plan.layers:
         if modules[layer.name].weight.is_meta:
             raise MetaDeviceError(f"layer {layer.name!r} is on the meta device; materialise it first (model.to_empty, load)")
-    replacements = _build(plan.layers, modules, permutations or {})
+    norms = _input_norms(model, plan.layers, calibration)
+    replacements = _build(plan.layers, modules, permutations or {}, norms)
     return _installed(model, replacements, SparsifyReport(plan.layers, plan.refusals))
 
 
@@ -225,13 +234,25 @@ def _half_tied(chosen: Mapping[str, object], modules: dict[str, Linear], model: 
     return ties
 
 
+def _input_norms(model: nn.Module, plans: Sequence[LayerPlan], calibration: Iterable[Any] | None) -> Mapping[str, torch.Tensor]:
+    names = [plan.name for plan in plans if plan.spec.init == "activation"]
+    if calibration is None and names:
+        raise MissingInputsError("init='activation' needs examples: call padst.sparsify(model, spec, calibration=batches)")
+    if calibration is not None and not names:
+        raise CalibrationError("calibration is what init='activation' reads, and no layer has it; leave it out")
+    return {} if calibration is None else input_norms(model, names, calibration)
+
+
 def _build(
-    plans: Sequence[LayerPlan], modules: dict[str, Linear], permutations: Mapping[str, torch.Tensor]
+    plans: Sequence[LayerPlan],
+    modules: dict[str, Linear],
+    permutations: Mapping[str, torch.Tensor],
+    norms: Mapping[str, torch.Tensor],
 ) -> dict[int, nn.Module]:
     """The replacement of every planned layer, by id of the module it replaces; nothing is installed yet."""
     built: dict[int, nn.Module] = {}
     by_weight: dict[int, PermutedSparseLinear] = {}
-    for plan in plans:
+    for plan in _with_progress(plans):
         module = modules[plan.name]
         origin = origin_of(module)
         twin = by_weight.get(id(module.weight))
@@ -246,10 +267,22 @@ def _build(
                 origin=origin,
                 requires_grad=module.weight.requires_grad,
                 start=permutations.get(plan.name),
+                input_norms=norms.get(plan.name),
             )
             by_weight[id(module.weight)] = layer
         built[id(module)] = layer.train(module.training)
     return built
+
+
+def _with_progress(plans: Sequence[LayerPlan]) -> Iterable[LayerPlan]:
+    """`plans`, with a bar on a terminal where layers take long."""
+    if not any(plan.spec.permutation == "search" for plan in plans):
+        return plans
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(plans, "searching permutations", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _dense_layer(layer: PermutedSparseLinear, weight: nn.Parameter) -> nn.Module:

@@ -160,6 +160,14 @@ class CheckpointError(PadstError, RuntimeError):
     """A checkpoint that is missing or damaged, or that cannot be written."""
 
 
+class CalibrationError(PadstError, ValueError):
+    """Example batches that do not show what a layer reads."""
+
+
+class PretrainedError(PadstError, RuntimeError):
+    """A saved sparse model that is missing, foreign, damaged or of another model, or that cannot be written."""
+
+
 class InvariantError(PadstError, AssertionError):
     """Topology, weights or optimizer state that contradict each other after an update."""
 

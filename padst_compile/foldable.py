@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -104,7 +104,13 @@ def foldable_permutations(
     return found
 
 
-def sparsify(model: M, spec: SpecLike, *inputs: Any, permutations: Mapping[str, torch.Tensor] | None = None) -> M:
+def sparsify(
+    model: M,
+    spec: SpecLike,
+    *inputs: Any,
+    permutations: Mapping[str, torch.Tensor] | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> M:
     """Replace linear layers by permuted structured-sparse ones, in place.
 
     Covers `nn.Linear` and transformers' `Conv1D`. A layer that cannot be replaced without changing what the model means (a
@@ -117,6 +123,8 @@ def sparsify(model: M, spec: SpecLike, *inputs: Any, permutations: Mapping[str, 
         inputs: example inputs, needed where a specification has `permutation_group="foldable"`.
         permutations: for some layers, by name, the permutation to start with: integers, `[features]`. What they are is up to
             you; training under `permutation_group="foldable"` then exchanges only what folds for free.
+        calibration: batches for `init="activation"`: each a tensor, a tuple of arguments or a mapping of keyword arguments of
+            the model.
 
     Returns:
         `model` itself; where `model` is a linear layer, its replacement.
@@ -125,7 +133,7 @@ def sparsify(model: M, spec: SpecLike, *inputs: Any, permutations: Mapping[str, 
         PadstError: the request is wrong, see `padst_compile.conversion.sparsify`; the model is untouched.
     """
     if not inputs:
-        return conversion.sparsify(model, spec, permutations=permutations)
+        return conversion.sparsify(model, spec, permutations=permutations, calibration=calibration)
     trial = conversion.sparsify(copy.deepcopy(model), _with_permutations(spec), permutations={})
     restricted = {
         plan.name: plan
@@ -134,7 +142,7 @@ def sparsify(model: M, spec: SpecLike, *inputs: Any, permutations: Mapping[str, 
     }
     groups = _jointly_free(foldable_permutations(trial, None, *inputs), restricted) if restricted else {}
     drawn = {name: _draw(plan, groups.get(name)) for name, plan in restricted.items() if plan.spec.permutation == "random"}
-    sparse = conversion.sparsify(model, spec, permutations={**drawn, **(permutations or {})})
+    sparse = conversion.sparsify(model, spec, permutations={**drawn, **(permutations or {})}, calibration=calibration)
     _restrict(dict(sparse_layers(sparse)), restricted, groups)
     return sparse
 
@@ -184,9 +192,9 @@ def _draw(plan: LayerPlan, group: FoldableGroup | None) -> torch.Tensor:
 
 
 def _with_permutations(spec: SpecLike) -> SpecLike:
-    """The same with a permutation on every layer, so that there is something to ask about."""
+    """The same with some permutation on every layer, so that there is something to ask about, and nothing to wait for."""
     if isinstance(spec, SparsitySpec):
-        return dataclasses.replace(spec, permutation="random") if spec.permutation == "none" else spec
+        return dataclasses.replace(spec, permutation="random", init="magnitude")
     return {pattern: None if part is None else cast("SparsitySpec", _with_permutations(part)) for pattern, part in spec.items()}
 
 

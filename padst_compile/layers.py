@@ -15,6 +15,7 @@ from padst_compile.kernels.permute import permute
 from padst_compile.kernels.soft_permute import SOFT, soft_permute
 from padst_compile.kernels.structured_linear import structured_linear, to_dense
 from padst_compile.permutation_search.exchanges import Exchanges
+from padst_compile.permutation_search.search import search_order
 from padst_compile.planning import LayerPlan
 from padst_compile.structures import Shape, Structure, Topology
 
@@ -268,6 +269,7 @@ def build_layer(
     origin: Origin = "linear",
     requires_grad: bool = True,
     start: torch.Tensor | None = None,
+    input_norms: torch.Tensor | None = None,
 ) -> PermutedSparseLinear:
     """The sparse layer of a plan.
 
@@ -277,34 +279,55 @@ def build_layer(
         bias: `[out_features]` or None.
         origin: what the layer replaces.
         requires_grad: of the values.
-        start: its permutation, instead of the one that the plan's specification draws.
+        start: its permutation, instead of the one that the plan's specification draws or searches.
+        input_norms: of the input features, `[in_features]`, for `init="activation"`.
     """
-    indices, permuted = _initial_permutation(plan)
-    if start is not None and indices is not None:
-        indices = permutation.check(start, plan.permuted_features, plan.name)
-    # y = S Π x approximates W x when S[:, j] holds the column of W that meets (Π x)_j = x[p[j]]; rows alike.
-    dense = weight.detach()
-    if indices is not None:
-        indices = indices.to(dense.device)
-        undo = permutation.inverse(indices)
-        dense = dense.index_select(1, indices) if permuted == "input" else dense.index_select(0, undo)
-    topology = plan.structure.choose(_scores(plan, dense), plan.sparsity)
+    scores = _scores(plan, weight.detach(), input_norms)
+    permuted, indices = _side(plan), None
+    if permuted is not None:
+        chosen = _initial_permutation(plan, scores) if start is None else start
+        indices = permutation.check(chosen, plan.permuted_features, plan.name).to(weight.device)
+    dense, scores = (_in_order_of_s(tensor, indices, permuted) for tensor in (weight.detach(), scores))
+    if plan.spec.init == "random":
+        scores = torch.rand(dense.shape, generator=plan.generator("topology"), dtype=torch.float32, device="cpu").to(
+            dense.device
+        )
+    topology = plan.structure.choose(scores, plan.sparsity)
     values = nn.Parameter(plan.structure.pack(dense, topology), requires_grad=requires_grad)
     return PermutedSparseLinear(LayerConfig(plan.shape, plan.structure, permuted, origin), values, topology, indices, bias)
 
 
-def _initial_permutation(plan: LayerPlan) -> tuple[torch.Tensor | None, Literal["input", "output"] | None]:
+def _in_order_of_s(
+    dense: torch.Tensor, indices: torch.Tensor | None, permuted: Literal["input", "output"] | None
+) -> torch.Tensor:
+    """Rows or columns as S has them: y = S Π x is W x when S[:, j] holds the column of W that meets (Π x)_j = x[p[j]]."""
+    if indices is None:
+        return dense
+    return dense.index_select(1, indices) if permuted == "input" else dense.index_select(0, permutation.inverse(indices))
+
+
+def _side(plan: LayerPlan) -> Literal["input", "output"] | None:
     if plan.spec.permutation == "none":
-        return None, None
-    side: Literal["input", "output"] = "input" if plan.permutes_input else "output"
-    if plan.spec.permutation == "learned":
-        return permutation.identity(plan.permuted_features, device="cpu"), side
-    draw = kaleidoscope.random if plan.spec.permutation == "kaleidoscope" else permutation.random
-    return draw(plan.permuted_features, plan.generator("permutation")), side
+        return None
+    return "input" if plan.permutes_input else "output"
 
 
-def _scores(plan: LayerPlan, dense: torch.Tensor) -> torch.Tensor:
-    """What the choice of active weights maximises: their magnitudes, or nothing but chance."""
-    if plan.spec.init == "magnitude":
-        return dense.abs().float() if dense.dtype in (torch.float16, torch.bfloat16) else dense.abs()
-    return torch.rand(dense.shape, generator=plan.generator("topology"), dtype=torch.float32, device="cpu").to(dense.device)
+def _initial_permutation(plan: LayerPlan, scores: torch.Tensor) -> torch.Tensor:
+    size = plan.permuted_features
+    match plan.spec.permutation:
+        case "random":
+            return permutation.random(size, plan.generator("permutation"))
+        case "kaleidoscope":
+            return kaleidoscope.random(size, plan.generator("permutation"))
+        case "search":
+            side: Literal["input", "output"] = "input" if plan.permutes_input else "output"
+            found = search_order(scores, plan.structure, plan.sparsity, side, generator=plan.generator("search"))
+            order = found.order.to(permutation.INDEX_DTYPE)
+            return order if side == "input" else permutation.inverse(order)
+    return permutation.identity(size, device="cpu")
+
+
+def _scores(plan: LayerPlan, dense: torch.Tensor, input_norms: torch.Tensor | None) -> torch.Tensor:
+    """What each weight is worth, in the order of the dense layer: its magnitude, times that of what it multiplies if known."""
+    magnitudes = dense.abs().float() if dense.dtype in (torch.float16, torch.bfloat16) else dense.abs()
+    return magnitudes if input_norms is None else magnitudes * input_norms.to(magnitudes)

@@ -15,11 +15,11 @@ from padst_compile.errors import PatternError, SparsityMismatchError, SpecError,
 from padst_compile.files import replace_text
 from padst_compile.structures import Structure, check_registered, parse, structure_from_dict
 
-PermutationKind: TypeAlias = Literal["none", "random", "kaleidoscope", "learned"]
+PermutationKind: TypeAlias = Literal["none", "random", "kaleidoscope", "search", "learned"]
 PermutationSide: TypeAlias = Literal["input", "output", "smaller"]
 PermutationGroup: TypeAlias = Literal["any", "foldable"]
 Distribution: TypeAlias = Literal["uniform", "erk"]
-Init: TypeAlias = Literal["magnitude", "random"]
+Init: TypeAlias = Literal["magnitude", "activation", "random"]
 
 # Classifier and language-model heads: small, last, and the layers that sparse training leaves dense (SRigL, PA-DST).
 DEFAULT_IGNORE = (
@@ -46,7 +46,9 @@ class SparsitySpec:
         structure: `Block`, `NM`, `Diagonal`, `Unstructured`, a registered one, or the short form (`"block:64"`).
         sparsity: fraction of zeros, in [0, 1). N:M fixes it itself and takes None.
         permutation: `"none"`, `"random"` (one fixed permutation per layer), `"kaleidoscope"` (the same, from a network of
-            exchanges, as a control for structured permutations) or `"learned"` (starts as the identity).
+            exchanges, as a control for structured permutations), `"search"` (the order found in which the structure keeps most
+            of the weights' score, for a model that is trained already; takes seconds per layer) or `"learned"` (starts as the
+            identity).
         permutation_side: permute the layer's `"input"`, its `"output"`, or the `"smaller"` of the two (PA-DST section 3).
         permutation_group: `"any"` permutation, or only those that the model's graph folds for nothing (`"foldable"`, see
             `padst.foldable_permutations`; `sparsify` then needs example inputs, and training learns within them).
@@ -54,8 +56,9 @@ class SparsitySpec:
             small layers more weights at the same total.
         targets: patterns of the module names to sparsify: globs, or regular expressions after `re:`.
         ignore: patterns of the module names to leave dense; wins over `targets`.
-        init: `"magnitude"` keeps the largest dense weights that the structure allows; `"random"` keeps random ones. Either
-            way the kept weights have their dense values.
+        init: `"magnitude"` keeps the largest dense weights that the structure allows; `"activation"` those with the largest
+            product of magnitude and input norm (Wanda, Sun et al. 2024; `sparsify` then needs `calibration`); `"random"` keeps
+            random ones. In any case the kept weights have their dense values.
         seed: of every random choice; a layer's choices depend on the seed and its name alone.
 
     Raises:
@@ -88,6 +91,11 @@ class SparsitySpec:
         if self.permutation == "kaleidoscope" and self.permutation_group == "foldable":
             raise SpecError(
                 "permutation 'kaleidoscope' draws from a family of its own, not from the group 'foldable'; use 'any'"
+            )
+        if self.permutation == "search" and (self.init == "random" or self.permutation_group != "any"):
+            raise SpecError(
+                "permutation='search' orders features so that the largest weights are kept; it goes with "
+                "init='magnitude' or 'activation' and permutation_group='any'"
             )
         for name in ("targets", "ignore"):
             object.__setattr__(self, name, _patterns(getattr(self, name), name))

@@ -36,6 +36,9 @@ LAYERS = (
     "kernels",
     "autotune",
     "layers",
+    "calibration",
+    "layout",
+    "transformers_config",
     "conversion",
     "passes",
     "options",
@@ -47,16 +50,17 @@ LAYERS = (
     "tuning",
     "foldable",
     "training",
+    "deployment",
     "integrations",
     "__init__",
     "benchmarking",
     "recipes",
     "drawing",
+    "explanation_page",
     "doctor",
     "cli",
 )
 FOR_TESTS_ALONE = "testing"
-    "explanation_page",
 FOR_OTHER_LOOPS = "integrations"  # each module is imported by who has its package
 OPTIONAL = ("timm", "transformers", "accelerate", "lightning", "torchvision", "pyarrow", "PIL", "matplotlib")
 LATE = (*OPTIONAL, "hypothesis", "typer", "rich", "resvg_py")

@@ -105,7 +105,7 @@ def test_what_is_no_structure_is_refused_with_the_choices(structure: Any) -> Non
         ("permutation_side", "inputs", "did you mean 'input'"),
         ("distribution", "erks", "did you mean 'erk'"),
         ("init", "magnitud", "did you mean 'magnitude'"),
-        ("init", 3, "choose from magnitude, random"),
+        ("init", 3, "choose from activation, magnitude, random"),
     ],
 )
 def test_an_unknown_choice_is_refused_with_the_closest_one(field: str, value: Any, hint: str) -> None:

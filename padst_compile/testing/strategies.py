@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import torch
 from hypothesis import strategies as st
 
-from padst_compile.spec import DEFAULT_IGNORE, SparsitySpec
+from padst_compile.spec import DEFAULT_IGNORE, PermutationKind, SparsitySpec
 from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology, Unstructured
 
 _SEEDS = st.integers(0, 2**32 - 1)
@@ -90,17 +91,21 @@ def specs(draw: st.DrawFn) -> SparsitySpec:
     """Specifications with any valid value in every field."""
     structure = draw(structures())
     natural = structure.natural_sparsity()
+    permutation = draw(st.sampled_from(get_args(PermutationKind)))
+    searched = permutation == "search"
     patterns = st.lists(st.sampled_from(("*", "blocks.*", "re:.*fc[12]", "héad", "[ab]?")), max_size=3).map(tuple)
     return SparsitySpec(
         structure,
         draw(sparsities()) if natural is None else draw(st.sampled_from((None, natural))),
-        permutation=draw(st.sampled_from(("none", "random", "learned"))),
+        permutation=permutation,
         permutation_side=draw(st.sampled_from(("input", "output", "smaller"))),
-        permutation_group=draw(st.sampled_from(("any", "foldable"))),
+        permutation_group=draw(
+            st.sampled_from(("any", "foldable") if permutation not in ("search", "kaleidoscope") else ("any",))
+        ),
         distribution=draw(st.sampled_from(("uniform", "erk") if natural is None else ("uniform",))),
         targets=draw(patterns),
         ignore=draw(st.one_of(patterns, st.just(DEFAULT_IGNORE))),
-        init=draw(st.sampled_from(("magnitude", "random"))),
+        init=draw(st.sampled_from(("magnitude", "activation") if searched else ("magnitude", "activation", "random"))),
         seed=draw(st.integers()),
     )
 
