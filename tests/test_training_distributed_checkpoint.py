@@ -21,10 +21,13 @@ SCRIPT = Path(__file__).parent / "distributed" / "checkpoints.py"
 STEPS = 12
 
 
-def torchrun(ranks: int, *arguments: object) -> None:
+def torchrun(ranks: int, *arguments: object, restarts: int = 0) -> str:
+    """What the ranks and torchrun write to stderr; fails if they do."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(SCRIPT), *map(str, arguments)]
+    command += [f"--max-restarts={restarts}", str(SCRIPT), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    # Otherwise ranks that are restarted find the addresses of those before them in torchrun's store, and wait for the dead.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             _, errors = process.communicate(timeout=240)
@@ -32,6 +35,15 @@ def torchrun(ranks: int, *arguments: object) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"did not end in time: {process.communicate()[1]}")
     assert process.returncode == 0, errors
+    return errors
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def unbroken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """How the model is distributed, and the weights that two ranks come to in one go."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    torchrun(2, folder / "checkpoint", request.param, STEPS, folder / "weights.safetensors")
+    return request.param, folder / "weights.safetensors"
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:
@@ -48,12 +60,17 @@ def assert_alike(one: Path, other: Path, tolerance: float) -> None:
             assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_another_number_of_ranks_goes_on(kind: str, tmp_path: Path) -> None:
-    torchrun(2, tmp_path / "unbroken", kind, 0, STEPS, tmp_path / "unbroken.safetensors")
-    place = 0
+def test_another_number_of_ranks_goes_on(unbroken: tuple[str, Path], tmp_path: Path) -> None:
+    kind, expected = unbroken
     for ranks, end in ((2, 4), (1, 8), (4, STEPS)):
-        torchrun(ranks, tmp_path / "broken", kind, place, end, tmp_path / "broken.safetensors")
-        place = end
+        torchrun(ranks, tmp_path / "checkpoint", kind, end, tmp_path / "weights.safetensors")
     # Sums over ranks round otherwise: in float64 that is 1e-16 of weights of about 1, which AdamW's ratio may enlarge.
-    assert_alike(tmp_path / "unbroken.safetensors", tmp_path / "broken.safetensors", 1e-9)
+    assert_alike(expected, tmp_path / "weights.safetensors", 1e-9)
+
+
+def test_a_rank_dies_and_the_restarted_training_ends_alike(unbroken: tuple[str, Path], tmp_path: Path) -> None:
+    """The last rank is killed in step 8, while permutations are soft; torchrun starts all ranks again, from step 5."""
+    kind, expected = unbroken
+    errors = torchrun(2, tmp_path / "checkpoint", kind, STEPS, tmp_path / "weights.safetensors", 8, restarts=1)
+    assert f"exitcode: -{int(signal.SIGKILL)}" in errors
+    assert_alike(expected, tmp_path / "weights.safetensors", 0.0)
