@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import Phase, example, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -188,6 +188,8 @@ def test_passes_keep_results_and_gradients_for_two_lengths_with_two_compilations
 @example(model=MEETING, way="backend", kernels="sparse", dtype=torch.float32)
 @settings(max_examples=10, phases=[Phase.explicit, Phase.generate])  # to shrink would take minutes; the tests above do
 def test_the_backend_keeps_results_and_gradients(model: Model, way: Any, kernels: str, dtype: torch.dtype) -> None:
+    # Inductor of PyTorch 2.11 takes the float64 logsumexp of attention for float32 and fails, with or without this backend.
+    assume(way == "backend" or dtype == torch.float32 or torch.__version__ >= (2, 12))
     generated = build(model)
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in generated.inputs]
     assert_equivalent(generated.sparse().to(dtype), *inputs, how=[way], options={"kernels": kernels})
