@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline mutants clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline mutants docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -34,6 +34,9 @@ format: $(VENV)/.installed-dev ## rewrite what ruff can
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+docs: $(VENV)/.installed-docs ## the documentation, as HTML in site/
+	$(PY) -m mkdocs build --strict
+
 bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/layers.py
 	$(PY) benchmarks/models.py
@@ -55,13 +58,14 @@ mutants: $(VENV)/.installed-test ## mutation testing of the passes (MODULES='per
 	$(PY) benchmarks/mutants.py $(MODULES)
 
 clean: ## remove environments, builds and caches
-	rm -rf .venv .venv-oldest build dist *.egg-info .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist site *.egg-info .cache .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras, older than none of what decides its content: an install is repeated when pyproject.toml
 # changes and never otherwise. The stamps depend on the interpreter's existence, not on its age.
 EXTRAS_base =
 EXTRAS_demo = [timm,transformers]
+EXTRAS_docs = [docs]
 EXTRAS_test = [test]
 EXTRAS_dev = [dev]
 

@@ -60,6 +60,24 @@ def _repair_interpreter() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
+@pytest.fixture
+def fresh_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Begin without registered structures, passes and kernels, and leave none behind."""
+    from padst_compile import registered
+    from padst_compile.kernels import formats
+    from padst_compile.passes import pipeline
+    from padst_compile.structures import STRUCTURES, parse
+
+    monkeypatch.setattr(registered, "_versions", {})
+    monkeypatch.setattr(formats, "_REGISTERED", {})
+    monkeypatch.setattr(pipeline, "_registered", [])
+    before = dict(STRUCTURES)
+    yield
+    STRUCTURES.clear()
+    STRUCTURES.update(before)
+    parse.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler_state() -> Iterator[None]:
     """Forget what Dynamo compiled in a test, so that no test meets the recompilation limit of another."""

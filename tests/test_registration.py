@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,17 +41,7 @@ ROOT = Path(padst.__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "columns.py"
 
 
-@pytest.fixture(autouse=True)
-def _registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test begins without registered code."""
-    monkeypatch.setattr(registered, "_versions", {})
-    monkeypatch.setattr(formats, "_REGISTERED", {})
-    monkeypatch.setattr(pipeline, "_registered", [])
-    before = dict(STRUCTURES)
-    yield
-    STRUCTURES.clear()
-    STRUCTURES.update(before)
-    parse.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_registries")
 
 
 @pytest.fixture
