@@ -82,8 +82,8 @@ class Cell:
 
 TEXT_SMALL = Task(
     "gpt-small", "loss",
-    {"model": "hf:gpt2,n_layer=4,n_embd=128,n_head=4", "steps": 1200, "batch": 32, "context": 64, "lr": 2e-3, "eval_limit": 400,
-     "eval_interval": 200, "checkpoint_interval": 200}, "text",
+    {"model": "hf:gpt2,n_layer=2,n_embd=128,n_head=4", "steps": 800, "batch": 16, "context": 64, "lr": 3e-3, "eval_limit": 400,
+     "eval_interval": 200, "checkpoint_interval": 400}, "text",
 )  # fmt: skip
 IMAGES_SMALL = Task(
     "vit-small", "accuracy",

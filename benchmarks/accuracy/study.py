@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from grid import TASKS, Cell, cells
 from report import write_report
 from rich.console import Console
@@ -53,6 +54,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
             console.print(f"{arguments.hours:g} hours are over; the same command goes on")
             return
         console.print(cell.name)
+        torch.compiler.reset()  # or Dynamo, after as many models of one class as it allows, would no longer compile them
         config = cell.config(data, arguments.threads, "cuda" if arguments.grid == "gpu" else "cpu")
         _append(arguments.out / RESULTS, _row(cell, run(config, arguments.out / "runs" / cell.name)))
 
