@@ -91,6 +91,8 @@ class PermutedSparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # Text, as Dynamo makes a symbol of an integer that differs between layers (under FSDP2), which tells passes nothing.
+        self._width = str(config.shape.out_features)
         self._structure_name = config.structure.to_string()
         self.soft: SoftPermutation | None = None
         self.gate: torch.Tensor | None = None
@@ -181,7 +183,7 @@ class PermutedSparseLinear(nn.Module):
             None if output_side else self.bias,
             None,
             None,
-            self.out_features,
+            int(self._width),
             self._structure_name,
         )
         if output_side:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from padst_compile.passes.graph import written_inputs
 
@@ -75,13 +76,17 @@ class Context:
 def static_tensors(graph: fx.Graph, example_inputs: list[object]) -> dict[str, torch.Tensor]:
     """The parameters and buffers among the inputs of a graph from Dynamo, by placeholder name.
 
-    Tensors made in inference mode count as inputs: they have no version counter that would tell of a change.
+    Tensors made in inference mode count as inputs: they have no version counter that would tell of a change. So do fake ones,
+    which have no values: Dynamo gives nothing else where it divides a graph at DistributedDataParallel's buckets.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return {
         node.name: value
         for node, value in zip(placeholders, example_inputs, strict=True)
-        if isinstance(value, torch.Tensor) and not value.is_inference() and _is_parameter_or_buffer(node, value)
+        if isinstance(value, torch.Tensor)
+        and not value.is_inference()
+        and _is_parameter_or_buffer(node, value)
+        and not isinstance(value, FakeTensor)
     }
 
 

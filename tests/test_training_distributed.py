@@ -81,3 +81,11 @@ def test_ranks_agree_and_two_compute_what_one_does(scenario: str, ranks: int) ->
 @pytest.mark.slow
 def test_every_scenario_is_named_here() -> None:
     assert tuple(results(2)) == SCENARIOS
+
+
+@pytest.mark.slow
+def test_compiled_models_train_as_eager_ones_and_no_update_compiles_anew(tmp_path: Path) -> None:
+    torchrun(2, "compiled.py", str(tmp_path / "results.json"))
+    found: dict[str, str | None] = json.loads((tmp_path / "results.json").read_text())
+    assert found
+    assert all(problem is None for problem in found.values()), "\n".join(filter(None, found.values()))
