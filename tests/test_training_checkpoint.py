@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,11 @@ def test_a_writer_killed_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Pa
         [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_one_process_saves_and_loads_without_a_warning(tmp_path: Path) -> None:
+    model, optimizer, runtime = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        padst.save_checkpoint(tmp_path, model, optimizer, runtime)
+        padst.load_checkpoint(tmp_path, model, optimizer, runtime)

@@ -221,6 +221,36 @@ def test_parameters_that_the_optimizer_gets_later() -> None:
     padst.finalize(model)
 
 
+def test_a_sparse_layer_that_comes_during_a_training_is_refused_before_the_step() -> None:
+    model = small_model()
+    optimizer = sgd(model)
+    runtime = padst.attach(model, optimizer, config())
+    width = model[4].out_features
+    model.append(nn.Linear(width, width).double())  # dense ones may come
+    optimizer.add_param_group({"params": model[-1].parameters()})
+    train(model, optimizer, range(2))
+    late = padst.sparsify(nn.Linear(width, width).double(), padst.SparsitySpec(padst.Unstructured(), 0.5))
+    model.append(late)
+    train(model, optimizer, range(2, 3))  # it is not in the optimizer, and stays as it is
+    optimizer.add_param_group({"params": late.parameters()})
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(
+            AttachError, match=r"weights of layer '6' after padst\.attach.*padst\.finalize\(model\) and attach again"
+        ):
+            train(model, optimizer, range(3, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (runtime.step, runtime.updates) == (3, 1)
+    late.values.requires_grad_(False)
+    late.values.grad = None
+    train(model, optimizer, range(3, 4))
+    assert (runtime.step, runtime.updates) == (4, 2)
+    late.values.requires_grad_()
+    padst.finalize(model)
+    assert_untouched(model, optimizer)
+    assert [layer.name for layer in padst.attach(model, optimizer, config()).layers] == ["0", "2", "6"]
+
+
 def test_a_second_attach_is_refused_and_the_first_goes_on() -> None:
     model = small_model()
     optimizer, other = sgd(model), sgd(model)

@@ -15,6 +15,7 @@ from padst_compile.layers import PermutedSparseLinear
 from padst_compile.structures import NM, Diagonal
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.learners import make_learners
+from padst_compile.training.newcomers import Newcomers
 from padst_compile.training.runtime import Runtime
 from padst_compile.training.sharding import is_sharded, resharder
 from padst_compile.training.topology import needs_gradient
@@ -38,7 +39,9 @@ def attach(
     """Train a sparsified model with dynamic topology and, if asked for, learned permutations; the loop stays as it is.
 
     Call it when the model is on its device, wrapped for distribution, and its optimizer exists; before or after
-    `torch.compile`. A step that a GradScaler skips is no step. An update recompiles nothing.
+    `torch.compile`. A step that a GradScaler skips is no step. An update recompiles nothing. A sparse layer that the model gets
+    later is none of this training: the next step of an optimizer that got its weights raises AttachError, before it changes
+    anything, and until then the layer stays as it is. Dense parameters may be added at any time.
 
     Args:
         model: with layers from `padst.sparsify`.
@@ -65,7 +68,8 @@ def attach(
     _stagger(layers, config)
     _check_ranks(layers, world)
     try:
-        runtime = Runtime(layers, optimizers, config, world, make_learners(layers, config), grad_scaler, reshard)
+        learners, newcomers = make_learners(layers, config), Newcomers(unwrapped(model), optimizers, layers)
+        runtime = Runtime(layers, optimizers, config, world, learners, newcomers, grad_scaler, reshard)
     except Exception:
         for _, layer in named:  # those before the one that was refused
             layer.soft = layer.gate = None

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def save_checkpoint(
         folder.publish(name)
         return name
 
-    with _as_checkpoint_error(f"the checkpoint in {path} could not be written"):
+    with _as_checkpoint_error(f"the checkpoint in {path} could not be written"), _on_purpose_alone():
         name = world.on_first(folder.begin)
         writer = FileSystemWriter(folder.path / name)  # its files are on the disk when this returns
         save(training.tensors(), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
@@ -107,7 +108,7 @@ def load_checkpoint(
     except PadstError as caught:
         error = caught
     _raise(training.world.first_error(error))
-    with _as_checkpoint_error(f"the checkpoint in {path} is damaged"):
+    with _as_checkpoint_error(f"the checkpoint in {path} is damaged"), _on_purpose_alone():
         reader, world = FileSystemReader(data), training.world
         load(room, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
     training.load(state, room)
@@ -297,6 +298,14 @@ def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
+
+
+@contextlib.contextmanager
+def _on_purpose_alone() -> Iterator[None]:
+    """Without the warning that there is a single process, where that is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
 
 
 @contextlib.contextmanager

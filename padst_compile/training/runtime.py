@@ -15,6 +15,7 @@ from padst_compile.training.collector import DenseGradient, UnitScores
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.invariants import check_layer
 from padst_compile.training.learner import PermutationLearner
+from padst_compile.training.newcomers import Newcomers
 from padst_compile.training.pruning import compact, stored_mask
 from padst_compile.training.resume import VERSION, check_fingerprints, check_state
 from padst_compile.training.schedule import is_due
@@ -59,11 +60,12 @@ class Runtime:
         config: DSTConfig,
         world: World,
         learners: Sequence[PermutationLearner | None],
+        newcomers: Newcomers,
         grad_scaler: torch.amp.GradScaler | None = None,
         reshard: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.world = config, world
-        self._reshard = reshard
+        self._reshard, self._newcomers = reshard, newcomers
         self._optimizers, self._grad_scaler = tuple(optimizers), grad_scaler
         self._steps = [0] * len(optimizers)
         pairs = zip(layers, learners, strict=True)
@@ -71,7 +73,8 @@ class Runtime:
         self.updates = self.skipped = 0
         self.update_seconds = self.hook_seconds = self.learning_seconds = 0.0
         self.last_update: tuple[TopologyUpdate, ...] = ()
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        self._handles += [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
         for number in range(len(optimizers)):
             self._listen(number)
 
@@ -113,10 +116,14 @@ class Runtime:
         }
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer step calls it between two programs
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._newcomers.check(self._number_of(optimizer), optimizer)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         began = time.perf_counter()
         self._reshard()
-        number = next(i for i, own in enumerate(self._optimizers) if own is optimizer)
+        number = self._number_of(optimizer)
         self._steps[number] += 1
         step, members = self._steps[number], self._members_of(number)
         with torch.no_grad():
@@ -131,6 +138,9 @@ class Runtime:
                 self.update_seconds += time.perf_counter() - began
         self._listen(number)
         self.hook_seconds += time.perf_counter() - began
+
+    def _number_of(self, optimizer: torch.optim.Optimizer) -> int:
+        return next(i for i, own in enumerate(self._optimizers) if own is optimizer)
 
     def _members_of(self, number: int) -> list[_Member]:
         return [member for member in self._members if member.trained.optimizer is self._optimizers[number]]
