@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline mutants docs clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline report mutants docs fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -21,6 +21,9 @@ demo: $(VENV)/.installed-demo ## sparsify, compile and explain a model
 
 test: $(VENV)/.installed-test ## the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-test ## nonsense in files and index tensors, many examples, others each time (FUZZ_ARGS='-k index')
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q tests/test_fuzz.py $(FUZZ_ARGS)
 
 test-oldest: ## the tests with the oldest supported torch, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest CONSTRAINT='$(OLDEST_TORCH)' PYTEST_ARGS='$(PYTEST_ARGS)'
@@ -42,6 +45,7 @@ bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/models.py
 	$(PY) benchmarks/training_layers.py
 	$(PY) benchmarks/permute_costs.py
+	$(PY) benchmarks/mlp.py
 	$(PY) benchmarks/pass_time.py
 
 kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs that are not there (ARGS='--target sm_90 --record')
@@ -52,6 +56,9 @@ bench-cpu: $(VENV)/.installed-demo ## layers beside every peer on the CPU; write
 
 bench-training: $(VENV)/.installed-demo ## training steps, memory and overhead of the runtime; writes into benchmarks/results/
 	$(PY) benchmarks/training.py
+
+report: $(VENV)/.installed-report ## one HTML page of all recorded results, in build/report
+	$(PY) benchmarks/evidence.py
 
 mutants: $(VENV)/.installed-test ## mutation testing of the passes (MODULES='permutation.py ...' for some); writes a score
 	@$(INSTALL) 'mutmut>=3.8,<4'
@@ -67,6 +74,7 @@ EXTRAS_base =
 EXTRAS_demo = [timm,transformers]
 EXTRAS_docs = [docs]
 EXTRAS_test = [test]
+EXTRAS_report = [draw]
 EXTRAS_dev = [dev]
 
 $(VENV)/.installed-%: pyproject.toml | $(PY)

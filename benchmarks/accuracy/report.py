@@ -29,16 +29,22 @@ Row = dict[str, Any]
 
 def write_report(rows: Sequence[Row], path: Path) -> Path:
     """Write the page; the file is replaced atomically."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>Accuracy study</title><style>{_STYLE}</style><h1>Accuracy study</h1>"]
+    head = f"<!doctype html><meta charset=utf-8><title>Accuracy study</title><style>{_STYLE}</style><h1>Accuracy study</h1>"
+    replace_text(path, "\n".join([head, *sections(rows)]) + "\n")
+    return path
+
+
+def sections(rows: Sequence[Row]) -> list[str]:
+    """HTML of each task and sparsity."""
     groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["task"], row["sparsity"]].append(row)
+    found = []
     for (task, sparsity), members in sorted(groups.items()):
         dense = [row for row in rows if row["task"] == task and row["method"] == "dense"]
         others = [row for row in members if row["method"] != "dense"]
-        parts.append(_section(task, sparsity, dense + others))
-    replace_text(path, "\n".join(parts) + "\n")
-    return path
+        found.append(_section(task, sparsity, dense + others))
+    return found
 
 
 def _section(task: str, sparsity: float, rows: Sequence[Row]) -> str:

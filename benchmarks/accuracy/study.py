@@ -2,6 +2,7 @@
 
 python benchmarks/accuracy/study.py --images CIFAR.parquet --text TEXT --out runs/study --hours 2
 python benchmarks/accuracy/study.py --out runs/study --report      only write the report again
+python benchmarks/accuracy/study.py --out runs/study --record      keep the finished cells in benchmarks/results, too
 
 Finished cells are never repeated; their numbers are in OUT/results.jsonl, the report in OUT/report.html.
 """
@@ -24,6 +25,7 @@ from padst_compile.files import replace_text
 from padst_compile.recipes import Result, run
 
 RESULTS = "results.jsonl"
+RECORDED = Path(__file__).resolve().parents[1] / "results" / "accuracy-study.jsonl"
 
 
 def main() -> None:
@@ -31,9 +33,12 @@ def main() -> None:
     arguments = _arguments()
     console, out = Console(width=140), arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    if not arguments.report:
+    if not (arguments.report or arguments.record):
         _train(arguments, console)
     rows = read_rows(out / RESULTS)
+    if arguments.record:
+        kept = {row["cell"]: row for row in [*read_rows(RECORDED), *rows]}
+        _write(RECORDED, list(kept.values()))
     console.print(f"{len(rows)} cells, report in {write_report(rows, out / 'report.html')}", soft_wrap=True)
 
 
@@ -83,8 +88,11 @@ def _row(cell: Cell, result: Result) -> dict[str, Any]:
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     """Add a row; the file is replaced, so that a line which was cut off does not stay."""
-    rows = [*read_rows(path), row]
-    replace_text(path, "".join(json.dumps(each) + "\n" for each in rows))
+    _write(path, [*read_rows(path), row])
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _arguments() -> argparse.Namespace:
@@ -99,6 +107,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", nargs="*", help="cells whose name contains one of these")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--record", action="store_true", help="train nothing; add the finished cells to benchmarks/results")
     return parser.parse_args()
 
 

@@ -1,0 +1,66 @@
+"""The page of recorded results, and the gate that new results must pass."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+
+def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, BENCHMARKS / name, *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+
+
+def test_the_page_shows_every_recorded_case(tmp_path: Path) -> None:
+    done = script("evidence.py", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = html.unescape((tmp_path / "index.html").read_text())
+    models = json.loads((RESULTS / "cpu-models.json").read_text())["comparisons"]
+    kernels = json.loads((RESULTS / "cpu-kernels.json").read_text())
+    assert all(case["model"] in page for case in models)
+    assert page.count("<td>768 -> 3072, ") + page.count("<td>3072 -> 768, ") >= len(kernels["cases"])
+    assert kernels["machine"]["torch"] in page
+    best, ours = models[0]["milliseconds"]["dense freezing"], models[0]["milliseconds"]["padst"]
+    assert f"{min(best, models[0]['milliseconds']['dense default']) / ours:.2f}x" in page
+    assert (tmp_path / "cpu-models.png").read_bytes().startswith(b"\x89PNG")
+    assert "http" not in page.replace("http://www.w3.org", "")  # loads nothing
+
+
+def slower(folder: Path) -> None:
+    """Our first model takes half as long again."""
+    path = folder / "cpu-models.json"
+    data = json.loads(path.read_text())
+    data["comparisons"][0]["milliseconds"]["padst"] *= 1.5
+    path.write_text(json.dumps(data))
+
+
+def nothing(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def unchanged(_: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [(unchanged, 0, "0 fell"), (slower, 1, "1 fell by more than 10%"), (nothing, 1, "no case in common")],
+)
+def test_the_gate_lets_through_what_is_no_slower(tmp_path: Path, change, code: int, message: str) -> None:
+    new = tmp_path / "new"
+    shutil.copytree(RESULTS, new)
+    change(new)
+    done = script("gate.py", new)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stdout
