@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
-import torch
-
 from padst_compile.autotune.cost_model import layer_seconds
-from padst_compile.autotune.effort import Effort, measures, satisfies
+from padst_compile.autotune.effort import Effort
 from padst_compile.autotune.entry import MARGIN, first_of_the_fastest
-from padst_compile.autotune.environment import environment
-from padst_compile.autotune.keys import Key
-from padst_compile.autotune.lookup import Found, Source, library
+from padst_compile.autotune.finding import find
+from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.machine import machine
 from padst_compile.autotune.problem import Kernel, LayerProblem
 from padst_compile.autotune.search import Run, tune_layer
@@ -45,8 +41,6 @@ class KernelChoice:
     source: Source = "asked for"
 
 
-logger = logging.getLogger(__name__)
-
 Observer = Callable[[LayerProblem, KernelChoice], None]
 
 _observers: list[Observer] = []
@@ -60,7 +54,7 @@ def choose_kernel(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]
         runs: makes the product, and its gradients while training, for each of `problem.kernels`; called for measuring alone.
         effort: see `Effort`. While a CUDA graph is captured, nothing is measured.
     """
-    found = None if effort == "off" else _find(problem, runs, effort)
+    found = find(problem, lambda: tune_layer(problem, runs(), effort), effort)
     choice = _by_cost_model(problem) if found is None else _by_measurement(problem, found)
     for observer in _observers:
         observer(problem, choice)
@@ -75,38 +69,6 @@ def observed(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
-
-
-def _find(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> Found | None:
-    key, results = Key(problem, environment(problem.device, problem.structure)), library()
-    found = results.exact(key)
-    if measures(effort) and not _good_enough(found, effort) and not _capturing():
-        try:
-            found = _tune(key, problem, runs, effort)
-        except torch.OutOfMemoryError:
-            logger.warning("%s at %d tokens is not tuned: the device is out of memory", problem.structure, problem.tokens)
-    return found or results.near(key)
-
-
-def _tune(key: Key, problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> Found:
-    """Measure, unless another process has done so while this one waited for its turn."""
-    results = library()
-    with results.cache.claim(key):
-        found = results.exact(key, refresh=True)
-        if found is not None and _good_enough(found, effort):
-            return found
-        entry = tune_layer(problem, runs(), effort)
-        results.cache.write(key, entry)
-    return Found(entry, "tuned now", problem.tokens)
-
-
-def _good_enough(found: Found | None, effort: Effort) -> bool:
-    return found is not None and satisfies(found.entry.effort, effort)
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured: a measurement would become part of it."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _by_measurement(problem: LayerProblem, found: Found) -> KernelChoice:

@@ -9,10 +9,11 @@ import re
 from typing import Any
 
 from padst_compile.autotune.environment import Environment
-from padst_compile.autotune.problem import LayerProblem
+from padst_compile.autotune.problem import LayerProblem, MlpProblem
 from padst_compile.kernels.launch import Problem
 
 _NEAR = ("tokens", "epilogue")  # what two problems of one family may differ in
+_KINDS = {LayerProblem: "layer", MlpProblem: "mlp", Problem: "launch"}
 _SOFTWARE = ("torch", "triton")  # what a shipped result need not share
 
 
@@ -20,12 +21,12 @@ _SOFTWARE = ("torch", "triton")  # what a shipped result need not share
 class Key:
     """A problem, and where it was solved."""
 
-    problem: LayerProblem | Problem
+    problem: LayerProblem | MlpProblem | Problem
     environment: Environment
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, in JSON's own types."""
-        kind = "layer" if isinstance(self.problem, LayerProblem) else "launch"
+        kind = _KINDS[type(self.problem)]
         fields = {"problem": dataclasses.asdict(self.problem), "environment": dataclasses.asdict(self.environment)}
         return {"kind": kind, **json.loads(json.dumps(fields))}
 

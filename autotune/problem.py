@@ -44,6 +44,35 @@ class LayerProblem:
     layout: str = "token/token"
 
 
+@dataclasses.dataclass(frozen=True)
+class MlpProblem:
+    """All that the speed of two layers, one behind the other, depends on, weights aside.
+
+    Args:
+        structure: short forms of both structures, the first layer's first.
+        in_features: inputs of the first layer.
+        hidden_features: outputs of the first layer, inputs of the second.
+        out_features: outputs of the second layer.
+        active: stored values of both.
+        tokens: rows of the activations, as a power of two (`token_bucket`).
+        dtype: dtype of the products, as in "bfloat16".
+        permuted: which tables the layers apply, of "in", "between" and "out", joined by "+".
+        device: type of the device, as in "cpu".
+        epilogue: the first layer's activation and what the second adds, as in "gelu+residual".
+    """
+
+    structure: str
+    in_features: int
+    hidden_features: int
+    out_features: int
+    active: int
+    tokens: int
+    dtype: str
+    permuted: str
+    device: str
+    epilogue: str
+
+
 def token_bucket(tokens: int, device: str = "cpu") -> int:
     """The power of two that stands for a number of tokens: layers of like size share one measurement."""
     most = _MOST_TOKENS.get(device, _MOST_TOKENS_ELSEWHERE)

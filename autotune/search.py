@@ -45,7 +45,7 @@ def tune_layer(problem: LayerProblem, runs: Mapping[Kernel, Run], effort: Effort
         if any(best.values()):
             first, tile = next(iter(best.items()))
             candidates[Candidate(kernel, tile or tiles_of(first)[0])] = _with_tiles(best, runs[kernel])
-    return _measured(candidates, problem.device, effort)
+    return measured(candidates, problem.device, effort)
 
 
 def launches_of(run: Run) -> list[Problem]:
@@ -100,14 +100,14 @@ def _best_tile(launch: Problem, run: Run, effort: Effort) -> Tile | None:
         candidates = {Candidate(launch.kernel): _with_tiles({launch: default}, run)}
         for tile in others:
             candidates[Candidate(launch.kernel, tile)] = _with_tiles({launch: tile}, run)
-        entry = _measured(candidates, device, effort)
+        entry = measured(candidates, device, effort)
         results.cache.write(key, entry)
     forget()
     return entry.winner.candidate.tile
 
 
-def _measured(candidates: Mapping[Candidate, Run], device: str, effort: Effort) -> Entry:
-    """The times of those candidates that run; what has no tile of its own must."""
+def measured(candidates: Mapping[Candidate, Run], device: str, effort: Effort) -> Entry:
+    """The times of those candidates that run; what has no tile of its own must. The first is the default."""
     usable = {name: run for name, run in candidates.items() if name.tile is None or _runs(name, run)}
     seconds = raced_seconds(usable, device, BUDGETS[effort])
     assert effort in ("quick", "full")

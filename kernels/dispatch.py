@@ -75,6 +75,16 @@ def native_op(structure: Structure) -> Any:
     return getattr(torch.ops.padst_native, _NATIVE_OPS[structure.kind]).default
 
 
+def mlp_op(kernel: SparseKernel) -> Any:
+    """The op that runs two block layers as one C++ or Triton kernel: the arguments of `kernel_op` of both up to `out_features`.
+
+    Behind these stand `activation="none"` of the first and `residual=None` of the second.
+    """
+    if kernel == "triton":
+        return importlib.import_module("padst_compile.kernels.block.triton_mlp_op").OP
+    return torch.ops.padst_native.block_mlp.default
+
+
 def native_sizes(structure: Structure) -> tuple[int, ...]:
     """The integers that a native op takes after `out_features`."""
     return (structure.n, structure.m) if isinstance(structure, NM) else ()

@@ -38,7 +38,7 @@ class LayerExplanation:
         density: active weights as a fraction.
         kernel: "native" (C++), "triton", "registered", "aten", "dense", or "eager" if no graph reaches it.
         fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
-            "gate", "residual", "feature-major input", "feature-major output").
+            "gate", "residual", "feature-major input", "feature-major output"; "mlp" where two layers are one kernel).
         reason: why this kernel, or why the layer is dense.
         speedup: dense time over sparse time where both were measured.
         sparse_seconds: median time of the best sparse kernel where it was measured, with gradients while training.

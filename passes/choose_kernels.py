@@ -26,7 +26,7 @@ from padst_compile.passes.fold_diagonals import FOLDED_FROM
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
 from padst_compile.passes.interleave_blocks import interleaved
-from padst_compile.passes.native_calls import epilogue, layouts
+from padst_compile.passes.native_calls import fate
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
 Policy: TypeAlias = Literal["measure", "sparse", "dense"]
@@ -70,12 +70,7 @@ class ChooseKernels(RewriteRule):
     @property
     def decisions(self) -> list[LayerDecision]:
         """One for each structured product, in the order of the graph; what a native call does besides is read when asked."""
-        return [
-            decision
-            if native is None
-            else dataclasses.replace(decision, fused=decision.fused + epilogue(native) + layouts(native))
-            for decision, native in self._decided
-        ]
+        return [decision if native is None else _with_fusions(decision, native) for decision, native in self._decided]
 
     def uuid(self) -> str:
         """The rule's identity, with its options."""
@@ -120,6 +115,14 @@ class ChooseKernels(RewriteRule):
         if sparse == "aten" and kind_of(call.structure) == "dense":
             return KernelChoice("dense", f"nobody registered a kernel for {call.structure.kind} that runs here")
         return choose_kernel(call.problem(sparse), lambda: call.runs(sparse), self.effort)
+
+
+def _with_fusions(decision: LayerDecision, native: fx.Node) -> LayerDecision:
+    """What later rules made of a native call."""
+    became = fate(native)
+    reason = "; ".join(filter(None, (decision.choice.reason, became.reason)))
+    choice = dataclasses.replace(decision.choice, reason=reason)
+    return dataclasses.replace(decision, fused=decision.fused + became.fused, choice=choice)
 
 
 class _Call:

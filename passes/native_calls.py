@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import fx
 
 from padst_compile.passes.graph import argument
 
 _NAMESPACES = ("padst_native", "padst_triton")
+_BLOCKS = ("padst_native.block_linear.default", "padst_triton.block_linear.default")
+_JOINED = "padst_joined"
 _ROW_GATHER = ("padst_native.nm_linear.default", "padst_native.diagonal_linear.default")
 
 
@@ -23,6 +27,11 @@ def is_row_gather(node: object) -> bool:
     return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _ROW_GATHER
 
 
+def is_block_linear(node: object) -> bool:
+    """Whether `node` calls a kernel for blocks."""
+    return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _BLOCKS
+
+
 def layouts(node: fx.Node) -> tuple[str, ...]:
     """The sides on which a native call keeps its activations feature-major."""
     if not is_row_gather(node):
@@ -35,3 +44,27 @@ def epilogue(node: fx.Node) -> tuple[str, ...]:
     """What a native call does after its bias: any of "activation", "gate" and "residual", in this order."""
     activation = ("activation",) if argument(node, "activation") != "none" else ()
     return activation + tuple(name for name in ("gate", "residual") if argument(node, name) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """What became of a native call that does not stand alone any more.
+
+    Args:
+        fused: what the call did besides multiplying, and "mlp".
+        reason: why two calls became one; empty for the second of them.
+    """
+
+    fused: tuple[str, ...]
+    reason: str = ""
+
+
+def note_joined(node: fx.Node, reason: str = "") -> None:
+    """Remember what a native call did, before it becomes part of another."""
+    node.meta[_JOINED] = Joined((*epilogue(node), "mlp"), reason)
+
+
+def fate(node: fx.Node) -> Joined:
+    """What a call that was native when it was made does besides multiplying, whatever became of it."""
+    joined = node.meta.get(_JOINED)
+    return joined if isinstance(joined, Joined) else Joined(epilogue(node) + layouts(node))

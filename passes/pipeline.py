@@ -28,6 +28,7 @@ from padst_compile.passes.fold_into_norm import FoldIntoNorm
 from padst_compile.passes.fuse_activation import FuseActivation
 from padst_compile.passes.fuse_gate import FuseGate
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
+from padst_compile.passes.fuse_mlp import FuseMlp
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import PERMUTE, is_call, layer_name
@@ -64,6 +65,7 @@ RULES: tuple[type[Pass], ...] = (
     FuseResidual,
     KeepFeatureMajor,
     InterleaveBlocks,
+    FuseMlp,
     TanhGate,
 )
 
@@ -233,9 +235,10 @@ class Pipeline:
     def _rules(self) -> list[Pass]:
         chosen: list[Pass] = []
         for rule in rules():
-            if rule.__name__ in self._disabled or (rule is ChooseKernels and self._kernels is None):
+            choosing = rule in (ChooseKernels, FuseMlp)
+            if rule.__name__ in self._disabled or (choosing and self._kernels is None):
                 continue
-            chosen.append(ChooseKernels(self._kernels or "measure", self._autotune) if rule is ChooseKernels else rule())
+            chosen.append(rule(self._kernels, self._autotune) if choosing else rule())  # type: ignore[call-arg]  # of those two
         return chosen
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from padst_compile.kernels import dispatch
 from padst_compile.structures import Block, Shape
 from padst_compile.testing.triton_products import TritonLayer, rounding_unit
 
@@ -20,6 +22,7 @@ CASES = (
     (Block((32, 16)), Block((16, 32)), (40, 70, 23)),
     (Block((6, 5)), Block((20, 6)), (31, 33, 45)),
 )
+OP = dispatch.mlp_op("triton")
 UNIT = torch.finfo(torch.float32).eps / 2
 
 
@@ -33,17 +36,15 @@ def layers(case: tuple[Block, Block, tuple[int, int, int]], dtype: torch.dtype, 
     ]
 
 
+def operands(layer: TritonLayer) -> tuple[Any, ...]:
+    """What the op takes of a layer."""
+    return layer.values, *layer.topology, layer.bias, None, None, layer.shape.out_features
+
+
 def check(first: TritonLayer, second: TritonLayer, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> None:
     """The fused result is as close to float64 as rounding of the hidden tensor and two float32 sums allow."""
-    from padst_compile.kernels.block.triton import Blocks
-    from padst_compile.kernels.block.triton_mlp import block_mlp
-
-    one, two = (Blocks(layer.structure, layer.values, *layer.topology) for layer in (first, second))
     hidden_features, out_features = first.shape.out_features, second.shape.out_features
-    y = block_mlp(
-        x, one, two, hidden_features, out_features, activation=activation, first_bias=first.bias, second_bias=second.bias,
-        residual=residual,
-    )  # fmt: skip
+    y = OP(x, *operands(first), *operands(second), activation, residual)
     weights = [layer.structure.unpack(layer.values.double(), layer.topology, layer.shape) for layer in (first, second)]
     act = {"none": lambda z: z, "gelu": F.gelu, "silu": F.silu}[activation]
     biases = [0.0 if layer.bias is None else layer.bias.double() for layer in (first, second)]
@@ -85,11 +86,28 @@ def test_strided_tokens_and_edges_are_masked(triton_device: torch.device) -> Non
 
 
 def test_blocks_that_do_not_meet_are_refused(triton_device: torch.device) -> None:
-    from padst_compile.kernels.block.triton import Blocks
-    from padst_compile.kernels.block.triton_mlp import block_mlp
-
     for rows, columns, message in ((16, 32, "16 rows"), (256, 256, "at most 128")):
         first, second = layers((Block((rows, 16)), Block((16, columns)), (32, 512, 48)), torch.float32, triton_device)
-        one, two = (Blocks(layer.structure, layer.values, *layer.topology) for layer in (first, second))
-        with pytest.raises(ValueError, match=message):
-            block_mlp(first.random_input(3), one, two, 512, 48)
+        with pytest.raises(RuntimeError, match=message):
+            OP(first.random_input(3), *operands(first), *operands(second))
+
+
+def test_operands_that_do_not_fit_are_refused(triton_device: torch.device) -> None:
+    first, second = layers(CASES[0], torch.float32, triton_device)
+    x, one, two = first.random_input(3), operands(first), operands(second)
+    table = torch.arange(64, dtype=torch.int32, device=triton_device)
+    for arguments, message in (
+        ((*one[:5], table, one[6], *two), "takes no permutations"),
+        ((*one, *two, "tanh"), "activation must be one of"),
+        ((*one, *two, "none", x), "residual must be"),
+        ((*one[:3], x, *one[4:], *two), "first_bias must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OP(x, *arguments)
+
+
+def test_leading_dimensions_and_opcheck(triton_device: torch.device) -> None:
+    first, second = layers(CASES[0], torch.float32, triton_device)
+    x, arguments = first.random_input(6).reshape(2, 3, -1), (*operands(first), *operands(second), "gelu")
+    torch.testing.assert_close(OP(x, *arguments), OP(x.reshape(6, -1), *arguments).reshape(2, 3, -1))
+    torch.library.opcheck(OP, (x, *arguments), test_utils=("test_schema", "test_faketensor"))

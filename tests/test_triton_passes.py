@@ -8,8 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import padst_compile as padst
+from padst_compile.kernels import dispatch
 from padst_compile.passes.choose_kernels import ChooseKernels
 from padst_compile.passes.fuse_activation import FuseActivation
+from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
+from padst_compile.passes.fuse_mlp import FuseMlp
 from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import argument
 from padst_compile.passes.native_calls import is_native_linear
@@ -50,5 +53,43 @@ def test_products_run_on_triton_with_their_epilogue(structure: Structure, infere
             assert call.target.namespace == "padst_triton"
             assert argument(call, "activation") == "gelu" and argument(call, "residual") is not None
             assert choose.decisions[0].fused[-2:] == ("activation", "residual")
+        result = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)(x)
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+class Mlp(nn.Module):
+    """Two layers, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x))) + x
+
+
+@pytest.mark.parametrize(
+    ("structure", "permuted", "reason"),
+    [
+        ("block:16", "none", None),
+        ("block:16:32", "none", "blocks of the first layer"),
+        ("block:16", "random", "no permutations"),
+    ],
+)
+def test_two_layers_become_one_triton_kernel(
+    structure: str, permuted: str, reason: str | None, triton_device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    spec = padst.SparsitySpec(structure, 0.5, permutation=permuted)
+    model, x = padst.sparsify(Mlp(), spec).to(triton_device), torch.randn(5, 32, device=triton_device)
+    with torch.no_grad():
+        facts = capture(model, x).context(inference=True)
+        for rule in (FuseInputPermutation(), ChooseKernels("sparse"), FuseActivation(), FuseResidual()):
+            rule.run(facts)
+        report = FuseMlp("sparse").run(facts)
+        facts.module.recompile()
+        joined = [node for node in facts.module.graph.nodes if node.target is dispatch.mlp_op("triton")]
+        assert len(joined) == report.rewritten == (1 if reason is None else 0)
+        assert reason is None or reason in report.refusals[0].reason
         result = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)(x)
         torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)

@@ -43,6 +43,7 @@ from padst_compile.passes import (
     fuse_activation,
     fuse_gate,
     fuse_input_permutation,
+    fuse_mlp,
     fuse_operand,
     fuse_output_permutation,
     fuse_residual,
@@ -656,7 +657,24 @@ ROW_GRAPHS: dict[str, Graph] = {
     "a product doubled": rows_graph(lambda m, h: h + h, ""),
     "a sum of what another reads": rows_graph(lambda m, h: (h + m.one) * h, ""),
 }
+
+
+def block_layers(meet: Callable[[Any, torch.Tensor], torch.Tensor], *expected: str) -> Graph:
+    """Block layers `up` and `middle`, the second called by `meet(m, m.up(x))`."""
+
+    def build() -> nn.Module:
+        up, middle = (sparse(size, HIDDEN, structure=padst.Block(2)) for size in (WIDTH, HIDDEN))
+        return Net(lambda m, x: meet(m, m.up(x)), up=up, middle=middle, one=torch.randn(2, 5, HIDDEN))
+
+    return Graph(build, 0, kernels="sparse", dtype=torch.float32, forms=expected)
+
+
 BLOCK_GRAPHS: dict[str, Graph] = {
+    "two block layers": block_layers(lambda m, h: m.middle(F.gelu(h)) + m.one, "mlp"),
+    "two block layers whose hidden features are added": block_layers(lambda m, h: m.middle(h) + h, "", "residual"),
+    "two block layers and an activation behind": block_layers(lambda m, h: F.relu(m.middle(h)), "", "activation"),
+    "two block layers and a sum between": block_layers(lambda m, h: m.middle(h + m.one), "residual", ""),
+    "two block layers and another reader": block_layers(lambda m, h: m.middle(h) / (2 + h.abs()), "", ""),
     "diagonals in classes": Graph(classes_net, 2, lambda: features(2, 3, 32), dtype=torch.float32),
 }
 PAIR_GRAPHS: dict[str, Graph] = {
@@ -690,7 +708,11 @@ def tables(module: fx.GraphModule) -> int:
 def forms(facts: context.Context) -> tuple[str, ...]:
     """What the calls of C++ kernels do beside their products."""
     found = []
-    for node in filter(is_native_linear, facts.module.graph.nodes):
+    for node in facts.module.graph.nodes:
+        if str(node.target) == "padst_native.block_mlp.default":
+            found.append("mlp")
+        if not is_native_linear(node):
+            continue
         values = argument(node, "values")
         arranged = ("interleaved",) if facts.is_static(values) and facts.value(values).dim() == 4 else ()
         found.append(", ".join(epilogue(node) + layouts(node) + arranged))
@@ -1011,6 +1033,18 @@ VARIANTS: Mapping[str, Variant] = {
         fuse_residual.FuseResidual.blocked, 'argument(linear, "residual") is None', "True", "a sum of three"),
     "FuseGate: forgets the factor before": Variant(
         fuse_gate.FuseGate.blocked, 'argument(linear, "gate") is not None', "False", "a product of three"),
+    "FuseMlp: others read the hidden features": Variant(
+        fuse_mlp.FuseMlp.why_not, "len(first.users) != 1 or ", "", "two block layers and another reader"),
+    "FuseMlp: the hidden features are added too": Variant(
+        fuse_mlp.FuseMlp.why_not, "or any(", "or False and any(", "two block layers whose hidden features are added"),
+    "FuseMlp: forgets the second activation": Variant(
+        fuse_mlp.FuseMlp.why_not, 'or set(epilogue(node)) - {"residual"}', "", "two block layers and an activation behind"),
+    "FuseMlp: forgets the first sum": Variant(
+        fuse_mlp.FuseMlp.why_not, 'set(epilogue(first)) - {"activation"} or', "", "two block layers and a sum between"),
+    "FuseMlp: forgets the first activation": Variant(
+        fuse_mlp._arguments, 'argument(first, "activation")', '"none"', "two block layers"),
+    "FuseMlp: forgets the second sum": Variant(
+        fuse_mlp._arguments, 'argument(second, "residual")', "None", "two block layers"),
     "KeepFeatureMajor: others read panels too": Variant(
         keep_feature_major.KeepFeatureMajor.why_not, "if others:", "if False:",
         "short rows that a product and a function read"),

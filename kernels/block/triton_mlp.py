@@ -191,14 +191,9 @@ def mlp_launch(
 ) -> Launch:
     """The launch of `block_mlp_kernel` that writes `y`.
 
-    Raises:
-        ValueError: the blocks of the two layers do not meet, or are too wide for registers.
+    The blocks must meet, see `triton_mlp_op.why_not`.
     """
     columns, width, rows = first.structure.columns, first.structure.rows, second.structure.rows
-    if width != second.structure.columns:
-        raise ValueError(f"blocks of the first layer have {width} rows, those of the second {second.structure.columns} columns")
-    if width > _WIDEST:
-        raise ValueError(f"blocks of at most {_WIDEST} hidden features fit into registers, got {width}")
     tile, hidden_side = default_tile(x, columns, rows), _side(width)
     (tokens, in_features), out_features = x.shape, y.shape[1]
     sizes = ((in_features, columns), (columns, tile.depth), (hidden_features, hidden_side), (width, hidden_side))
@@ -239,9 +234,6 @@ def mlp_launch(
     }
     programs = -(-tokens // tile.tokens) * row_count * -(-rows // tile.outputs)
     return Launch(block_mlp_kernel, (programs,), arguments, tile.warps, tile.stages)
-
-
-_WIDEST = 128
 
 
 def default_tile(x: torch.Tensor, columns: int, rows: int) -> Tile:

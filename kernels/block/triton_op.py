@@ -47,7 +47,7 @@ def block_linear(
     from padst_compile.kernels.block import triton  # where the op runs, there is a Triton
 
     check_operands(x, values, out_features)
-    structure = _structure(x, values, row_pointers, columns, out_features)
+    structure = structure_of(x, values, row_pointers, columns, out_features)
     extras = Extras(bias, input_permutation, output_permutation, activation, gate, residual).checked(x, out_features)
     blocks = triton.Blocks(structure, values.contiguous(), row_pointers, columns)
     y = triton.block_linear(x.reshape(-1, x.shape[-1]), blocks, out_features, extras)
@@ -101,7 +101,7 @@ class BlockProduct(TritonProduct):
 PRODUCT = BlockProduct()
 
 
-def _structure(
+def structure_of(
     x: torch.Tensor, values: torch.Tensor, row_pointers: torch.Tensor, columns: torch.Tensor, out_features: int
 ) -> Block:
     """The structure of `values`.

@@ -12,6 +12,7 @@ def register(library: str) -> None:
     """Give the ops of a loaded library their fake implementations."""
     torch.library.register_fake(f"{library}::interleave_blocks", _fake_interleave_blocks)
     torch.library.register_fake(f"{library}::block_linear", _fake_block_linear)
+    torch.library.register_fake(f"{library}::block_mlp", _fake_block_mlp)
     torch.library.register_fake(f"{library}::block_value_gradient", _fake_block_value_gradient)
     torch.library.register_fake(f"{library}::nm_linear", _fake_nm_linear)
     torch.library.register_fake(f"{library}::nm_input_gradient", _fake_nm_input_gradient)
@@ -46,6 +47,29 @@ def _fake_block_linear(
     activation: str = "none",
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    token_tile: int = 0,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_block_mlp(
+    x: torch.Tensor,
+    first_values: torch.Tensor,
+    first_row_pointers: torch.Tensor,
+    first_columns: torch.Tensor,
+    first_bias: torch.Tensor | None,
+    first_input_permutation: torch.Tensor | None,
+    first_output_permutation: torch.Tensor | None,
+    hidden_features: int,
+    second_values: torch.Tensor,
+    second_row_pointers: torch.Tensor,
+    second_columns: torch.Tensor,
+    second_bias: torch.Tensor | None,
+    second_input_permutation: torch.Tensor | None,
+    second_output_permutation: torch.Tensor | None,
+    out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
     token_tile: int = 0,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))

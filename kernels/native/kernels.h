@@ -31,6 +31,15 @@ at::Tensor block_linear(
     const std::optional<at::Tensor>& output_permutation, int64_t out_features, std::string_view activation,
     const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& gate, int64_t token_tile);
 
+// block_linear(h, second ..) + residual with h = act(block_linear(x, first ..)), rounded to the dtype of x as if it were a tensor.
+at::Tensor block_mlp(
+    const at::Tensor& x, const at::Tensor& first_values, const at::Tensor& first_row_pointers, const at::Tensor& first_columns,
+    const std::optional<at::Tensor>& first_bias, const std::optional<at::Tensor>& first_input_permutation,
+    const std::optional<at::Tensor>& first_output_permutation, int64_t hidden_features, const at::Tensor& second_values,
+    const at::Tensor& second_row_pointers, const at::Tensor& second_columns, const std::optional<at::Tensor>& second_bias,
+    const std::optional<at::Tensor>& second_input_permutation, const std::optional<at::Tensor>& second_output_permutation,
+    int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual, int64_t token_tile);
+
 // The gradient of the values of block_linear: grad [tokens, out_features], x [tokens, in_features], and its permutations.
 at::Tensor block_value_gradient(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& row_pointers, const at::Tensor& columns, int64_t block_rows,

@@ -21,6 +21,13 @@ TORCH_LIBRARY(padst_native, m) {
       "Tensor? residual=None, Tensor? gate=None, int token_tile=0) -> Tensor",
       tags);
   m.def(
+      "block_mlp(Tensor x, Tensor first_values, Tensor first_row_pointers, Tensor first_columns, Tensor? first_bias, "
+      "Tensor? first_input_permutation, Tensor? first_output_permutation, int hidden_features, Tensor second_values, "
+      "Tensor second_row_pointers, Tensor second_columns, Tensor? second_bias, Tensor? second_input_permutation, "
+      "Tensor? second_output_permutation, int out_features, str activation=\"none\", Tensor? residual=None, "
+      "int token_tile=0) -> Tensor",
+      tags);
+  m.def(
       "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns, "
       "Tensor? input_permutation=None, Tensor? output_permutation=None) -> Tensor",
       tags);
@@ -51,6 +58,7 @@ TORCH_LIBRARY(padst_native, m) {
 TORCH_LIBRARY_IMPL(padst_native, CPU, m) {
   m.impl("interleave_blocks", &padst::interleave_blocks);
   m.impl("block_linear", &padst::block_linear);
+  m.impl("block_mlp", &padst::block_mlp);
   m.impl("block_value_gradient", &padst::block_value_gradient);
   m.impl("nm_linear", &padst::nm_linear);
   m.impl("diagonal_linear", &padst::diagonal_linear);

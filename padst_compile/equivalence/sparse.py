@@ -57,6 +57,19 @@ def _native_block_linear(
     return _triton_block_linear(x, values, row_pointers, columns, *tables, out_features, activation, residual, gate)
 
 
+@definition("padst_native::block_mlp", "padst_triton::block_mlp")
+def _block_mlp(
+    x: Any, first_values: Any, first_row_pointers: Any, first_columns: Any, first_bias: Any, first_input_permutation: Any,
+    first_output_permutation: Any, hidden_features: int, second_values: Any, second_row_pointers: Any, second_columns: Any,
+    second_bias: Any, second_input_permutation: Any, second_output_permutation: Any, out_features: int,
+    activation: str = "none", residual: Any = None, token_tile: int = 0,
+) -> Any:  # fmt: skip
+    first = (first_bias, first_input_permutation, first_output_permutation, hidden_features)
+    second = (second_bias, second_input_permutation, second_output_permutation, out_features)
+    hidden = _native_block_linear(x, first_values, first_row_pointers, first_columns, *first, activation)
+    return _native_block_linear(hidden, second_values, second_row_pointers, second_columns, *second, "none", residual)
+
+
 @definition("padst_triton::block_linear")
 def _triton_block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *rest: Any) -> Any:
     return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *rest)

@@ -1,0 +1,274 @@
+// The product of a block-sparse S and a tile of tokens, in parts: blocks as the micro-kernel reads them, the tile of inputs, one
+// batch-reduce GEMM call per active block, and the outputs on their way out.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "block_matrix.h"
+#include "checks.h"
+#include "epilogue.h"
+#include "micro_kernel.h"
+#include "packed_gather.h"
+#include "partition.h"
+#include "rows.h"
+
+namespace padst {
+
+// Tokens per tile by default: a tile of outputs in float should stay in L2, and tiles feed 16-bit matrix units with more tokens.
+template <typename C>
+inline constexpr int64_t kTokenTile = MicroKernel<C>::kPairs ? 64 : 32;
+
+// Whether values are interleaved already: [blocks, block columns / 2, block rows, 2].
+inline bool is_interleaved(const at::Tensor& values) {
+  return values.dim() == 4;
+}
+
+inline BlockMatrix describe(
+    int64_t in_features, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
+    int64_t out_features) {
+  const bool interleaved = is_interleaved(values);
+  TORCH_CHECK(
+      (values.dim() == 3 || (interleaved && values.size(3) == 2)) && values.size(1) > 0 && values.size(2) > 0,
+      "values must be [blocks, block columns, block rows], or interleaved, got ", values.sizes());
+  TORCH_CHECK(columns.numel() == values.size(0), "columns has ", columns.numel(), " entries for ", values.size(0), " blocks");
+  const int64_t width = values.size(1) * (interleaved ? 2 : 1);
+  return describe_blocks(in_features, out_features, values.size(2), width, row_pointers, columns);
+}
+
+// values [blocks, columns, rows] -> [blocks, ceil(columns / 2), rows, 2]. Inputs beyond in_features get weight zero, because
+// the even depth of the micro-kernel may reach one of them.
+template <typename C>
+void interleave_blocks(const BlockMatrix& s, const C* values, C* packed) {
+  const int64_t pairs = ceil_div(s.columns, 2);
+  const Scratch<C> zeros(s.rows);
+  std::fill_n(zeros.data(), s.rows, C(0.0f));
+  at::parallel_for(0, s.blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t width = s.width(s.block_columns[block]);
+      for (int64_t pair = 0; pair < ceil_div(width, 2); ++pair) {
+        const C* even = values + (block * s.columns + 2 * pair) * s.rows;
+        const C* odd = 2 * pair + 1 < width ? even + s.rows : zeros.data();
+        interleave(even, odd, s.rows, packed + (block * pairs + pair) * 2 * s.rows);
+      }
+    }
+  });
+}
+
+// The blocks of S as the micro-kernel for C reads them; interleaved here where it needs that and they are not.
+template <typename C>
+class PackedBlocks {
+ public:
+  PackedBlocks(const BlockMatrix& s, const at::Tensor& values)
+      : operand_(values.to(c10::CppTypeToScalarType<C>::value)),
+        stride_(round_up(s.columns, MicroKernel<C>::kStep) * s.rows),
+        packed_(MicroKernel<C>::kPairs && !is_interleaved(values) ? s.blocks() * stride_ : 0),
+        data_(operand_.const_data_ptr<C>()) {
+    TORCH_CHECK(
+        !is_interleaved(values) || MicroKernel<C>::kPairs, "no micro-kernel reads interleaved blocks of ", values.scalar_type());
+    if constexpr (MicroKernel<C>::kPairs) {
+      if (!is_interleaved(values)) {
+        interleave_blocks(s, data_, packed_.data());
+        data_ = packed_.data();
+      }
+    }
+  }
+
+  const C* block(int64_t index) const {
+    return data_ + index * stride_;
+  }
+
+ private:
+  at::Tensor operand_;
+  int64_t stride_;  // elements from one block to the next
+  Scratch<C> packed_;
+  const C* data_;
+};
+
+// Operands of the micro-kernel for a tile of tokens, in rows whose distance keeps them out of each other's cache sets.
+template <typename C>
+class Panel {
+ public:
+  Panel(int64_t features, int64_t tokens)
+      : features_(features), stride_(round_up(features, kLine) + kLine), scratch_(tokens * stride_) {}
+
+  // Ends the row of a token, once it is written: an odd number of inputs has a partner for its last.
+  void end_row(int64_t token) {
+    row(token)[features_] = C(0.0f);
+  }
+
+  C* row(int64_t token) const {
+    return scratch_.data() + token * stride_;
+  }
+  int64_t stride() const {
+    return stride_;
+  }
+
+ private:
+  static constexpr int64_t kLine = kCacheLine / sizeof(C);
+
+  int64_t features_;
+  int64_t stride_;
+  Scratch<C> scratch_;
+};
+
+// A tile of x, permuted where asked for.
+template <typename T, typename C>
+class TokenTile {
+ public:
+  TokenTile(const BlockMatrix& s, const T* x, const int32_t* permutation, int64_t tile)
+      : x_(x),
+        permuted_(permutation != nullptr),
+        gather_(permutation, s.in_features),
+        features_(s.in_features),
+        panel_(features_, tile),
+        converted_(permuted_ && !kSame ? kGroup * features_ : 0) {}
+
+  void load(int64_t first, int64_t tokens) {
+    for (int64_t t = 0; t < tokens; t += kGroup) {
+      load_group(x_ + (first + t) * features_, t, std::min(kGroup, tokens - t));
+    }
+  }
+
+  const Panel<C>& panel() const {
+    return panel_;
+  }
+
+ private:
+  static constexpr int64_t kGroup = PackedGather<C>::kRows;
+  static constexpr bool kSame = std::is_same_v<T, C>;
+
+  void load_group(const T* source, int64_t first, int64_t tokens) {
+    C* target = panel_.row(first);
+    if (!permuted_) {
+      convert_group(source, tokens, target, panel_.stride());
+    } else if constexpr (kSame) {
+      gather_.pack(source, features_, tokens);
+      gather_.unpack({0, features_}, target, panel_.stride(), tokens);
+    } else {
+      convert_group(source, tokens, converted_.data(), features_);
+      gather_.pack(converted_.data(), features_, tokens);
+      gather_.unpack({0, features_}, target, panel_.stride(), tokens);
+    }
+    for (int64_t t = first; t < first + tokens; ++t) {
+      panel_.end_row(t);
+    }
+  }
+
+  void convert_group(const T* source, int64_t tokens, C* target, int64_t stride) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      convert(source + t * features_, features_, target + t * stride);
+    }
+  }
+
+  const T* x_;
+  bool permuted_;
+  PackedGather<C> gather_;
+  int64_t features_;
+  Panel<C> panel_;
+  Scratch<C> converted_;
+};
+
+// z [tokens, height] = one block row of S times a panel.
+template <typename C>
+void multiply_block_row(
+    const BlockMatrix& s, const PackedBlocks<C>& blocks, int64_t block_row, const Panel<C>& inputs, int64_t tokens, float* z,
+    int64_t z_stride) {
+  const int64_t first = s.row_pointers[block_row], last = s.row_pointers[block_row + 1], height = s.height(block_row);
+  if (first == last) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::fill_n(z + t * z_stride, height, 0.0f);
+    }
+  }
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t column = s.block_columns[block];
+    MicroKernel<C>::multiply(
+        tokens, height, round_up(s.width(column), MicroKernel<C>::kStep), inputs.row(0) + column * s.columns, inputs.stride(),
+        blocks.block(block), s.rows, z, z_stride, block > first);
+  }
+}
+
+// The distance of rows of sums, off the power of two that would share cache sets.
+inline int64_t sums_stride(const BlockMatrix& s) {
+  return round_up(s.out_features, kLanes) + kLanes;
+}
+
+// Where outputs go, and what happens to them on the way.
+template <typename T>
+class Output {
+ public:
+  // stride: elements from one token of y, gate and residual to the next.
+  Output(
+      T* y, int64_t features, int64_t stride, const Epilogue<T>& epilogue, const int32_t* permutation, const int32_t* target)
+      : y_(y), features_(features), stride_(stride), epilogue_(epilogue), permutation_(permutation), target_(target) {}
+
+  // The outputs `part` of S for some tokens: all of them, unless workers share a row. z has them in rows `stride` apart.
+  void finish(int64_t first, int64_t tokens, const float* z, int64_t stride, Range part) const {
+    if (permutation_ == nullptr) {
+      finish_in_order(first, tokens, z, stride, part);
+    } else if (target_ == nullptr) {
+      gather(first, tokens, z, stride);
+    } else {
+      scatter(first, tokens, z, stride, part);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPart = 512;  // permuted outputs wait in L1 for the rest
+
+  void finish_in_order(int64_t first, int64_t tokens, const float* z, int64_t stride, Range part) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t element = (first + t) * stride_ + part.begin;
+      finish_row(z + t * stride, epilogue_.from(part.begin, element), part.size(), y_ + element);
+    }
+  }
+
+  void scatter(int64_t first, int64_t tokens, const float* z, int64_t stride, Range part) const {
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t row = (first + t) * stride_;
+      scatter_row(z + t * stride, epilogue_.from(0, row), target_ + part.begin, part.size(), y_ + row);
+    }
+  }
+
+  void gather(int64_t first, int64_t tokens, const float* z, int64_t stride) const {
+    PackedGather<float> words(permutation_, features_);
+    const Scratch<float> rows(words.kRows * kPart);
+    for (int64_t t = 0; t < tokens; t += words.kRows) {
+      const int64_t count = std::min(words.kRows, tokens - t);
+      words.pack(z + t * stride, stride, count);
+      for (int64_t j = 0; j < features_; j += kPart) {
+        const Range part{j, std::min(j + kPart, features_)};
+        words.unpack(part, rows.data(), kPart, count);
+        finish_in_order(first + t, count, rows.data(), kPart, part);
+      }
+    }
+  }
+
+  T* y_;
+  int64_t features_, stride_;
+  Epilogue<T> epilogue_;
+  const int32_t* permutation_;  // y[j] = z[permutation[j]], or nullptr
+  const int32_t* target_;       // its inverse where workers share a row, else nullptr
+};
+
+// kernel<T, C> with the micro-kernel's dtype C that fits the dtype T of activations: itself, or float where it has none.
+template <typename Visit>
+void with_dtypes(at::ScalarType dtype, const Visit& visit) {
+  const auto visit_for = [&](auto t) {
+    using T = decltype(t);
+    has_micro_kernel<T>() ? visit(T(), T()) : visit(T(), 0.0f);
+  };
+  if (dtype == at::kFloat) {
+    visit_for(0.0f);
+  } else if (dtype == at::kBFloat16) {
+    visit_for(at::BFloat16());
+  } else {
+    visit_for(at::Half());
+  }
+}
+
+}  // namespace padst
