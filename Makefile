@@ -46,7 +46,6 @@ bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
 	$(PY) benchmarks/training_layers.py
 	$(PY) benchmarks/permute_costs.py
 	$(PY) benchmarks/mlp.py
-	$(PY) benchmarks/mlp.py
 	$(PY) benchmarks/pass_time.py
 
 kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs that are not there (ARGS='--target sm_90 --record')

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 
+from padst_compile.errors import InvalidTopologyError
 from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.diagonal.blocks import BlockTables, block_size, block_tables
@@ -109,6 +110,20 @@ def _fold_now(structure: Structure, shape: Shape, x: torch.Tensor) -> TypeGuard[
     return x.numel() // x.shape[-1] >= _LEAST_TOKENS and folds_into_blocks(structure, shape, x.device, x.dtype)
 
 
+def check_indices(structure: Structure, topology: Topology, shape: Shape) -> None:
+    """Refuse index tensors that were overwritten with nonsense, before an index becomes an address or a wrong number.
+
+    For all but C++ kernels, which check their indices themselves. On a GPU nothing is checked, for the host would wait.
+
+    Raises:
+        InvalidTopologyError: what is wrong.
+    """
+    if all(index.device.type == "cpu" for index in topology):
+        wrong = structure.check_topology(topology, shape)
+        if wrong is not None:
+            raise InvalidTopologyError(structure.to_string(), wrong)
+
+
 def forward(
     structure: Structure,
     x: torch.Tensor,
@@ -120,11 +135,15 @@ def forward(
     out_features: int,
 ) -> torch.Tensor:
     """`padst::structured_linear`, see there."""
-    if _fold_now(structure, Shape(out_features, x.shape[-1]), x):
+    kernel = kernel_for(structure, x.device, x.dtype)
+    fold = _fold_now(structure, Shape(out_features, x.shape[-1]), x)
+    if fold or kernel != "native":
+        check_indices(structure, topology, Shape(out_features, x.shape[-1]))
+    if fold:
+        assert isinstance(structure, Diagonal)
         tables = block_tables(structure, topology, Shape(out_features, x.shape[-1]))
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return forward(tables.structure, x, tables.blocks(values), tables.topology, bias, into, out, out_features)
-    kernel = kernel_for(structure, x.device, x.dtype)
     if kernel in ("native", "triton"):
         around = bias, input_permutation, output_permutation, out_features
         tuned = tile_arguments(structure, kernel, token_tile(structure, x, values, *around) if kernel == "native" else 0)
@@ -150,12 +169,14 @@ def input_gradient(
     output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`padst::structured_input_gradient` for `grad` [tokens, out], see there."""
-    if _fold_now(structure, shape := Shape(grad.shape[1], in_features), grad):
+    shape, product = Shape(grad.shape[1], in_features), _python_product(structure, grad)
+    if product is not None or not isinstance(structure, NM) or not _beats_dense(structure, grad):
+        check_indices(structure, topology, shape)
+    if _fold_now(structure, shape, grad):
         tables = block_tables(structure, topology, shape)
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return input_gradient(tables.structure, grad, tables.blocks(values), tables.topology, in_features, into, out)
     before, behind = _inverse(output_permutation), _inverse(input_permutation)
-    product = _python_product(structure, grad)
     if product is None and has_native_kernel(structure, grad.device, grad.dtype):
         # S.T is block-sparse, or a matrix of diagonals, like S: the forward kernel on the transpose.
         if isinstance(structure, Block):
@@ -183,13 +204,17 @@ def value_gradient(
     output_permutation: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`padst::structured_value_gradient` for `grad` [tokens, out] and `x` [tokens, in], see there."""
-    if _fold_now(structure, shape := Shape(grad.shape[1], x.shape[1]), x):
+    shape, product = Shape(grad.shape[1], x.shape[1]), _python_product(structure, grad)
+    fold, native_kernel = _fold_now(structure, shape, x), x.dtype == grad.dtype and _beats_dense(structure, grad)
+    if fold or product is not None or not native_kernel:
+        check_indices(structure, topology, shape)
+    if fold:
+        assert isinstance(structure, Diagonal)
         tables = block_tables(structure, topology, shape)
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology, into, out)
         return tables.diagonals(gradient).reshape(values.shape)
-    product = _python_product(structure, grad)
-    if product is None and x.dtype == grad.dtype and _beats_dense(structure, grad):
+    if product is None and native_kernel:
         around = input_permutation, output_permutation
         return _native_value_gradient(structure, grad, x, topology, *around).to(values.dtype)
     grad, x = in_own_order(grad, x, input_permutation, output_permutation)

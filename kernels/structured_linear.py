@@ -156,7 +156,9 @@ def to_dense(
     values: torch.Tensor, topology: Sequence[torch.Tensor], out_features: int, in_features: int, structure: str
 ) -> torch.Tensor:
     """The dense weight `[out_features, in_features]` of a packed one."""
-    return parse(structure).unpack(values, tuple(topology), Shape(out_features, in_features)).clone()
+    parsed, shape = parse(structure), Shape(out_features, in_features)
+    dispatch.check_indices(parsed, tuple(topology), shape)
+    return parsed.unpack(values, tuple(topology), shape).clone()
 
 
 @to_dense.register_fake

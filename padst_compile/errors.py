@@ -67,6 +67,13 @@ class InvalidPermutationError(PadstError, ValueError):
     """An index tensor that is not a permutation of the features it is applied to."""
 
 
+class InvalidTopologyError(PadstError, IndexError):
+    """Index tensors of a layer that were overwritten with what its structure cannot mean."""
+
+    def __init__(self, structure: str, reason: str) -> None:
+        super().__init__(f"a layer of {structure} has index tensors that it cannot have: {reason}; load a checkpoint of it")
+
+
 class PermutationScoresError(PadstError, ValueError):
     """Scores or a soft matrix that no permutation can be chosen by: not square, not finite, or in too few bits."""
 

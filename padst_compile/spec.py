@@ -185,7 +185,7 @@ def load_spec(path: str | os.PathLike[str]) -> SpecLike:
     """
     try:
         return spec_from_dict(json.loads(Path(path).read_text()))
-    except (SpecError, ValueError, AttributeError, TypeError) as error:
+    except (SpecError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise SpecError(f"{os.fspath(path)}: {error}") from error
 
 

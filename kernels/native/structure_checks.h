@@ -12,7 +12,8 @@
 
 namespace padst {
 
-// offsets uint8 [row groups, slots]: every one inside its group of m, and in the last, possibly shorter group inside in_features.
+// offsets uint8 [row groups, slots]: every one inside its group of m, and in the last, possibly shorter group inside in_features;
+// those of a group ascend, for an input that occurs twice would count twice.
 inline void check_nm_offsets(
     const at::Tensor& offsets, int64_t in_features, int64_t out_features, int64_t n, int64_t m, int64_t vector) {
   TORCH_CHECK(0 < n && n <= m && m <= 256, "N:M needs 0 < n <= m <= 256, got ", n, ":", m);
@@ -34,6 +35,13 @@ inline void check_nm_offsets(
     }
   }
   TORCH_CHECK(worst < m && worst_tail < tail, "offsets must stay inside their group of ", m, " inputs");
+  bool ascend = true;
+  for (int64_t first = 0; n > 1 && first < row_groups * slots; first += n) {
+    for (int64_t i = first + 1; i < first + n; ++i) {
+      ascend &= offset[i - 1] < offset[i];
+    }
+  }
+  TORCH_CHECK(ascend, "the offsets of a group must ascend");
 }
 
 // The ascending offsets of diagonals in [0, period).

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from padst_compile.errors import EmptyLayerError, NoUnitsError, SpecError
+from padst_compile.errors import EmptyLayerError, NoUnitsError, SpecError, StructureMismatchError
 
 Topology: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -120,6 +120,8 @@ class Structure(abc.ABC):
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
+_MOST_PADDING = 64  # times the weight
+_SMALL_LAYER = 1 << 12  # weights, below which padding is cheap
 UNIT_METHODS = ("units_per_pool", "unit_totals", "active_units", "topology_of")
 
 
@@ -139,6 +141,27 @@ def count_active(total: int, sparsity: float, module: str, unit: str) -> int:
             f"use a sparsity of at most {highest:.{digits}g}, a finer structure, or add the layer to ignore",
         )
     return count
+
+
+def check_padding(shape: Shape, rows: int, columns: int, module: str, unit: str) -> None:
+    """Refuse units so much larger than a layer that it would be mostly padding, which takes memory.
+
+    Args:
+        shape: of the layer.
+        rows: outputs with padding.
+        columns: inputs with padding.
+        module: the layer's name.
+        unit: what is that large, for the message.
+
+    Raises:
+        StructureMismatchError: they are.
+    """
+    if rows * columns > _MOST_PADDING * max(shape.numel, _SMALL_LAYER):
+        raise StructureMismatchError(
+            module,
+            f"{unit} would pad its {shape.out_features}x{shape.in_features} weight to {rows}x{columns}",
+            "use a smaller size, or add the layer to ignore",
+        )
 
 
 def require_positive(value: object, what: str) -> int:

@@ -9,7 +9,16 @@ from typing import Any, ClassVar
 import torch
 
 from padst_compile.errors import SpecError
-from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, padded, require_positive
+from padst_compile.structures.base import (
+    Shape,
+    Structure,
+    Topology,
+    check_padding,
+    count_active,
+    not_indices,
+    padded,
+    require_positive,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Block(Structure):
     def check(self, shape: Shape, sparsity: float, module: str) -> None:
         """See `Structure.check`: at least one block must stay."""
         row_count, column_count = self.grid(shape)
+        check_padding(shape, row_count * self.rows, column_count * self.columns, module, f"a {self.rows}x{self.columns} block")
         count_active(row_count * column_count, sparsity, module, f"{self.rows}x{self.columns} block")
 
     def units_per_pool(self, shape: Shape, sparsity: float) -> int:

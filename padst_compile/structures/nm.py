@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from padst_compile.errors import SpecError, StructureMismatchError
-from padst_compile.structures.base import Shape, Structure, Topology, is_integer, padded, require_positive
+from padst_compile.structures.base import Shape, Structure, Topology, check_padding, is_integer, padded, require_positive
 
 _LARGEST_GROUP = 256  # an offset inside a group is stored in one byte
 
@@ -53,6 +53,8 @@ class NM(Structure):
 
     def check(self, shape: Shape, sparsity: float, module: str) -> None:
         """See `Structure.check`: the last, shorter group must still hold `n` inputs, and one group must be whole."""
+        row_groups, input_groups = self.groups(shape)
+        check_padding(shape, row_groups * self.vector, input_groups * self.m, module, f"a vector of {self.vector}")
         tail = shape.in_features % self.m
         if shape.in_features < self.m or 0 < tail < self.n:
             nearest = _nearest_divisor(shape.in_features, self.m, self.n)
