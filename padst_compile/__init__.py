@@ -1,6 +1,7 @@
 """Permuted structured-sparse linear layers for PyTorch: sparsify, compile, verify."""
 
 from padst_compile.conversion import densify, sparse_layers, sparsify_report
+from padst_compile.deployment import load_pretrained, save_pretrained
 from padst_compile.equivalence import Verification, verify
 from padst_compile.explain import Explanation, explain
 from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsify
@@ -15,7 +16,6 @@ from padst_compile.training import (
     PermutationReport,
     Runtime,
     attach,
-    export_weights,
     finalize,
     load_checkpoint,
     permutation_report,
@@ -42,10 +42,10 @@ __all__ = [
     "attach",
     "densify",
     "explain",
-    "export_weights",
     "finalize",
     "foldable_permutations",
     "load_checkpoint",
+    "load_pretrained",
     "load_spec",
     "permutation_report",
     "presets",
@@ -53,6 +53,7 @@ __all__ = [
     "register_pass",
     "register_structure",
     "save_checkpoint",
+    "save_pretrained",
     "save_spec",
     "sparse_layers",
     "sparsify",

@@ -1,0 +1,5 @@
+"""Sparse models outside of the process that made them: files, exported programs."""
+
+from padst_compile.deployment.pretrained import load_pretrained, save_pretrained
+
+__all__ = ["load_pretrained", "save_pretrained"]
