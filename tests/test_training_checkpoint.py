@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -223,27 +222,18 @@ def test_what_cannot_be_saved_leaves_the_checkpoint_before(tmp_path: Path) -> No
         padst.save_checkpoint(file, model, optimizer, runtime)
 
 
-def test_exported_weights_load_into_a_model_sparsified_alike(tmp_path: Path) -> None:
+def test_a_trained_model_is_saved_and_loaded(tmp_path: Path) -> None:
     model, optimizer, _ = make(permutation="regroup", structure="nm:1:4", sparsity=None)
     for number in range(5):
         step(model, optimizer, number)
     padst.finalize(model)
     model.eval()
-    padst.export_weights(tmp_path / "model.safetensors", model)
+    padst.save_pretrained(model, tmp_path)
     other, *_ = make(permutation="regroup", structure="nm:1:4", sparsity=None)
     padst.finalize(other)
-    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    padst.load_pretrained(tmp_path, padst.densify(other))
     x = torch.randn(3, 16)
     assert torch.equal(other.eval()(x), model(x))
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-
-
-def test_shared_weights_are_exported_under_each_name(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    padst.export_weights(tmp_path / "model.safetensors", model)
-    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["1.weight"], model[0].weight)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")

@@ -2,7 +2,7 @@
 
 from padst_compile.training import presets
 from padst_compile.training.attach import attach, finalize
-from padst_compile.training.checkpoint import export_weights, load_checkpoint, save_checkpoint
+from padst_compile.training.checkpoint import load_checkpoint, save_checkpoint
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.permutation_report import LayerPermutation, PermutationReport, permutation_report
 from padst_compile.training.runtime import Runtime
@@ -14,7 +14,6 @@ __all__ = [
     "PermutationReport",
     "Runtime",
     "attach",
-    "export_weights",
     "finalize",
     "load_checkpoint",
     "permutation_report",

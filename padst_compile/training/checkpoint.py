@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from padst_compile.errors import CheckpointError, PadstError, ResumeError
-from padst_compile.files import replace_file, sync
+from padst_compile.files import sync
 from padst_compile.training import optimizer_state
 from padst_compile.training.attach import unwrapped
 from padst_compile.training.checkpoint_folder import CheckpointFolder
@@ -114,37 +114,6 @@ def load_checkpoint(
     training.load(state, room)
     extra: dict[str, Any] = state["extra"]
     return extra
-
-
-def export_weights(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Write a model's state as one safetensors file, whole tensors where they are sharded; all ranks call this.
-
-    The file loads with `model.load_state_dict(safetensors.torch.load_file(path))` into a model that is sparsified alike.
-    Shared tensors are written under each of their names.
-
-    Args:
-        path: of the file, which is replaced atomically.
-        model: in training or finalized.
-
-    Raises:
-        CheckpointError: it cannot be written; on all ranks.
-    """
-    from safetensors.torch import save_file
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    resharder(model)()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)  # on the first rank; of others nothing is asked
-
-    def write() -> str:
-        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        shared = _shared(tensors)
-        tensors = {name: value.clone() if name in shared else value.contiguous() for name, value in tensors.items()}
-        replace_file(Path(path), lambda draft: save_file(tensors, draft, {"format": "pt"}))
-        return str(path)
-
-    with _as_checkpoint_error(f"{path} could not be written"):
-        World().on_first(write)
 
 
 class _Training:
@@ -273,18 +242,6 @@ def _set_random_states(rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
         torch.set_rng_state(tensors[f"random.{rank}.cpu"])
     if f"random.{rank}.cuda" in tensors:
         torch.cuda.set_rng_state(tensors[f"random.{rank}.cuda"])
-
-
-def _shared(tensors: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of tensors in memory that an earlier one uses."""
-    seen: set[int] = set()
-    found = set()
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        if place in seen:
-            found.add(name)
-        seen.add(place)
-    return found
 
 
 def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

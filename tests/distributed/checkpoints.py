@@ -50,7 +50,7 @@ def main() -> None:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == last:
             padst.save_checkpoint(folder, model, optimizer, runtime, {"step": step + 1})
     padst.finalize(model)
-    padst.export_weights(out, model)
+    padst.save_pretrained(model, out)
     distributed.destroy_process_group()
 
 
