@@ -23,7 +23,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from padst_compile.errors import AttachError, ResumeError
 from padst_compile.files import replace_file
+from padst_compile.integrations.transformers_quantizer import PadstConfig
 from padst_compile.training import DSTConfig, Runtime, attach, finalize
+
+__all__ = ["PadstCallback", "PadstConfig"]
 
 _STATE = "padst_runtime.pt"
 _PREFIX = "padst/"
