@@ -100,6 +100,12 @@ def test_sparsify_densify_and_checkpoints(columns: Any, side: str) -> None:
     torch.testing.assert_close(padst.densify(copy.deepcopy(original))(x()), original(x()))
 
 
+def test_saved_models_name_it(columns: Any, tmp_path: Path) -> None:
+    original = sparse()
+    padst.save_pretrained(original, tmp_path / "model")
+    assert torch.equal(padst.load_pretrained(tmp_path / "model", model())(x()), original(x()))
+
+
 def test_checkpoints_with_wrong_indices_are_refused(columns: Any) -> None:
     own = sparse()
     state = {name: tensor.clone() for name, tensor in own.state_dict().items()}
