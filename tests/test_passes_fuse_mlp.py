@@ -146,6 +146,27 @@ def test_a_write_between_the_products_is_an_obstacle() -> None:
         torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
 
 
+def computed_bias(m: Any, x: torch.Tensor) -> torch.Tensor:
+    up = m.up
+    h = torch.ops.padst.structured_linear.default(
+        x, up.values, [up.row_pointers, up.columns], up.bias * x.mean(), up.permutation, None, 96, "block:16x16"
+    )
+    return m.down(h)  # type: ignore[no-any-return]
+
+
+def test_operands_must_be_parameters_and_shapes_known() -> None:
+    report, _, _, _ = lowered(sparse(computed_bias), torch.randn(5, 32))
+    assert [refusal.reason for refusal in report.refusals] == ["the weights are computed from the inputs"]
+    with torch.no_grad():
+        facts = capture(sparse(plain), torch.randn(5, 32)).context(inference=True)
+        for rule in (FuseInputPermutation(), ChooseKernels("sparse"), FuseActivation(), FuseResidual()):
+            rule.run(facts)
+        for node in facts.module.graph.nodes:
+            node.meta.pop("example_value", None)
+            node.meta.pop("val", None)
+        assert [refusal.reason for refusal in FuseMlp("sparse").run(facts).refusals] == ["capture recorded no shapes"]
+
+
 @pytest.mark.parametrize(
     ("fused", "tiled", "effort", "reason", "tile"),
     [
