@@ -140,7 +140,7 @@ SCENARIOS: dict[str, tuple[Wrap, Wrap, int]] = {  # eager, compiled, least numbe
     "compile, then ddp": (ddp, compile_then_ddp, 1),
     "compile in place, then ddp": (ddp, compiled_in_place_then_ddp, 1),
     "fsdp, then compile": (fsdp, fsdp_then_compile, 2),
-    "compile layers, then fsdp": (fsdp, compiled_layers_then_fsdp, 3),
+    "compile layers, then fsdp": (fsdp, compiled_layers_then_fsdp, 2),
 }
 
 
