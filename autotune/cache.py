@@ -24,6 +24,7 @@ from padst_compile.files import replace_text
 
 VERSION = 1
 _LOCK_SECONDS = 600.0  # longer than a search takes
+_MOST_TOKENS = 1 << 40  # more than anybody measures with, and few enough to reckon with
 
 
 def cache_folder() -> Path:
@@ -128,8 +129,11 @@ def read_stored(data: Any) -> tuple[dict[str, Any], Entry]:
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']!r}, not {VERSION}")
     key = data["key"]
-    if not isinstance(key["problem"]["tokens"], int) or not isinstance(key["environment"], dict):
+    tokens, epilogue = key["problem"]["tokens"], key["problem"]["epilogue"]
+    if type(tokens) is not int or not isinstance(epilogue, str) or not isinstance(key["environment"], dict):
         raise TypeError("no key")
+    if not 0 <= tokens <= _MOST_TOKENS:
+        raise ValueError(f"{tokens} tokens")
     entry = Entry.from_dict(data)
     first, names = entry.default.candidate, [timing.candidate.kernel for timing in entry.timings]
     wanted = key["problem"]["kernels"] if key["kind"] == "layer" else [key["problem"]["kernel"]]

@@ -17,7 +17,7 @@ import torch
 _COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("dev", max_examples=50, **_COMMON)
 hypothesis.settings.register_profile("ci", max_examples=200, derandomize=True, print_blob=True, **_COMMON)
-hypothesis.settings.register_profile("fuzz", max_examples=5000, print_blob=True, **_COMMON)
+hypothesis.settings.register_profile("fuzz", max_examples=2000, print_blob=True, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # Native builds are kept between runs, but neither read from nor written to the user's own cache.

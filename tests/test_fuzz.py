@@ -166,6 +166,16 @@ def test_a_damaged_cache_file_is_read_as_a_result_or_ignored(
     assert Cache(folder).read(key) == Entry("quick", TIMES)
 
 
+@pytest.mark.parametrize("change", [{"tokens": 10**400}, {"tokens": -1}, {"tokens": True}, {"epilogue": None}])
+def test_a_result_for_an_impossible_problem_is_ignored(tmp_path: Path, change: dict[str, Any]) -> None:
+    key = Key(problem(), environment("cpu"))
+    form = json.loads(json.dumps(stored_form(key.to_dict(), Entry("quick", TIMES))))
+    form["key"]["problem"].update(change)
+    (tmp_path / f"{key.name}.json").write_text(json.dumps(form))
+    with pytest.warns(UserWarning, match="unusable"):
+        assert Library(Cache(tmp_path), tmp_path / "none").near(Key(problem(128), environment("cpu"))) is None
+
+
 @given(JSON)
 def test_no_json_makes_reading_a_result_fail_in_an_unknown_way(value: Any) -> None:
     with contextlib.suppress(ValueError, TypeError, KeyError):
