@@ -1,7 +1,7 @@
 """Permuted structured-sparse linear layers for PyTorch: sparsify, compile, verify."""
 
 from padst_compile.conversion import densify, sparse_layers, sparsify_report
-from padst_compile.deployment import load_pretrained, save_pretrained
+from padst_compile.deployment import decompose, load_pretrained, save_pretrained
 from padst_compile.equivalence import Verification, verify
 from padst_compile.explain import Explanation, explain
 from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsify
@@ -40,6 +40,7 @@ __all__ = [
     "Unstructured",
     "Verification",
     "attach",
+    "decompose",
     "densify",
     "explain",
     "finalize",

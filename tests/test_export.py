@@ -1,0 +1,81 @@
+"""Sparse models through torch.export and ONNX, and on machines without this package."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+
+import padst_compile as padst
+
+SPECS = {
+    "block": padst.SparsitySpec(padst.Block((4, 8)), sparsity=0.5, permutation="random"),
+    "nm": padst.SparsitySpec(padst.NM(1, 4), permutation="random", permutation_side="output"),
+    "diagonal": padst.SparsitySpec(padst.Diagonal(), sparsity=0.7, permutation="random"),
+    "unstructured": padst.SparsitySpec(padst.Unstructured(), sparsity=0.7),
+}
+X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+
+
+def model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 13), nn.LayerNorm(13))
+    return padst.sparsify(layers, SPECS[name]).eval()
+
+
+def exported(layers: nn.Module) -> ExportedProgram:
+    return export(layers, (X,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))
+
+
+WITHOUT_US = """
+import sys, torch
+sys.modules["padst_compile"] = None  # an import fails
+inputs = torch.load("inputs.pt")
+for name in sys.argv[1:]:
+    program = torch.export.load(f"{name}.pt2").module()
+    torch.save([program(x) for x in inputs], f"{name}.pt")
+"""
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_exported_program_keeps_our_ops_through_a_file(name: str, tmp_path: Path) -> None:
+    layers = model(name)
+    torch.export.save(exported(layers), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert sum("structured_linear" in str(node.target) for node in program.graph.nodes) == 2
+    for x in (X, torch.randn(7, 16)):
+        assert torch.equal(program.module()(x), layers(x))
+
+
+def test_decomposed_programs_run_without_this_package(tmp_path: Path) -> None:
+    inputs = [X, torch.randn(7, 16)]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    for name in SPECS:
+        program = padst.decompose(exported(model(name)))
+        assert not [node for node in program.graph.nodes if "padst" in str(node.target)]
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+    command = [sys.executable, "-c", WITHOUT_US, *SPECS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name in SPECS:
+        for x, found in zip(inputs, torch.load(tmp_path / f"{name}.pt"), strict=True):
+            torch.testing.assert_close(found, model(name)(x))
+
+
+def test_a_densified_model_runs_in_onnxruntime(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layers = model("block")
+    dense = padst.densify(copy.deepcopy(layers))
+    batch = {0: Dim("batch", min=2, max=64)}
+    torch.onnx.export(dense, (X,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for x in (X, torch.randn(7, 16)):
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), layers(x), rtol=1e-5, atol=1e-5)
