@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import padst_compile as padst
 from padst_compile.conversion import sparse_layers
+from padst_compile.testing.ranks import leave
 from padst_compile.training.config import Method, PermutationMethod
 
 STEPS = 13
@@ -307,7 +308,7 @@ def main() -> None:
     results = {name: problem_of(scenario) for name, scenario in SCENARIOS.items()}
     if distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

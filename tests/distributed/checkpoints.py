@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import padst_compile as padst
+from padst_compile.testing.ranks import leave
 
 FEWEST = 5  # arguments, the script's name among them
 SAVE_EVERY = 5
@@ -51,7 +52,7 @@ def main() -> None:
             padst.save_checkpoint(folder, model, optimizer, runtime, {"step": step + 1})
     padst.finalize(model)
     padst.save_pretrained(model, out)
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import padst_compile as padst
 from padst_compile import backend as compiler
 from padst_compile.passes.graph import STRUCTURED_LINEAR
+from padst_compile.testing.ranks import leave
 
 STEPS = 10
 SPARSE_LAYERS = 2
@@ -158,7 +159,7 @@ def main() -> None:
     results: dict[str, Any] = {name: problem_of(name) for name in SCENARIOS}
     if distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
