@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 import padst_compile as padst
+from padst_compile.tolerance import allowed_error, relative_error
 
 SPECS = {
     "block": padst.SparsitySpec(padst.Block((4, 8)), sparsity=0.5, permutation="random"),
@@ -31,6 +32,14 @@ def model(name: str) -> nn.Module:
 
 def exported(layers: nn.Module) -> ExportedProgram:
     return export(layers, (X,), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))
+
+
+def assert_rounding_apart(found: torch.Tensor, layers: nn.Module, x: torch.Tensor) -> None:
+    """`found` is as near to the model in float64 as the model in float32 is, a few times over."""
+    with torch.no_grad():
+        exact = copy.deepcopy(layers).double()(x.double())
+        bound = allowed_error(relative_error([layers(x)], [exact]), torch.float32)
+    assert relative_error([found], [exact]) <= bound
 
 
 WITHOUT_US = """
@@ -65,7 +74,7 @@ def test_decomposed_programs_run_without_this_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in SPECS:
         for x, found in zip(inputs, torch.load(tmp_path / f"{name}.pt"), strict=True):
-            torch.testing.assert_close(found, model(name)(x))
+            assert_rounding_apart(found, model(name), x)
 
 
 def test_a_densified_model_runs_in_onnxruntime(tmp_path: Path) -> None:
@@ -78,4 +87,4 @@ def test_a_densified_model_runs_in_onnxruntime(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for x in (X, torch.randn(7, 16)):
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), layers(x), rtol=1e-5, atol=1e-5)
+        assert_rounding_apart(torch.from_numpy(found), layers, x)
