@@ -85,7 +85,7 @@ def test_doctor_reports_every_topic(tmp_path: Path) -> None:
         (["bench", "linear:64:64", "--permutation", "lerned"], "did you mean 'learned'"),
         (["bench", "linear:64:64", "--dtype", "float23"], "did you mean 'float32'"),
         (["explain", "linear:6:64", "--structure", "nm:5:7"], "NM(5, 6)"),
-        (["explain", "linear:64:64", "--structure", "block:16", "--draw", "a.png"], "write .svg or .dot"),
+        (["explain", "linear:64:64", "--structure", "block:16", "--graph", "a.gif"], "write .svg, .png, .dot"),
         (["explain", "linear:64:64", "--structure", "block:16", "--draw", "a.svg", "--block", "head"], "no module 'head'"),
     ],
 )

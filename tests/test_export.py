@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,28 @@ def test_decomposed_programs_run_without_this_package(tmp_path: Path) -> None:
     for name in SPECS:
         for x, found in zip(inputs, torch.load(tmp_path / f"{name}.pt"), strict=True):
             assert_rounding_apart(found, model(name), x)
+
+
+AHEAD_OF_TIME = """
+import torch, padst_compile
+run = torch._inductor.aoti_load_package("model.pt2")
+torch.save([run(x) for x in torch.load("inputs.pt")], "outputs.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_program_compiled_ahead_of_time_calls_our_ops(tmp_path: Path) -> None:
+    """AOTInductor: the process that loads the package imports padst_compile, which has the ops that it calls."""
+    layers, inputs = model("block"), [X, torch.randn(7, 16)]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(exported(layers), package_path=str(tmp_path / "model.pt2"))
+    command = [sys.executable, "-c", AHEAD_OF_TIME]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for x, found in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
+        assert_rounding_apart(found, layers, x)
 
 
 def test_a_densified_model_runs_in_onnxruntime(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "padst_compile"
 LINKED = ("passes", "kernels", "autotune")
 OLDEST_SETUPTOOLS = 77
-SHIPPED_SUFFIXES = (".py", ".cpp", ".h", ".json")
+SHIPPED_SUFFIXES = (".py", ".cpp", ".h", ".json", ".html")
 
 
 def run_python(*arguments: str, cwd: Path, **environment: str) -> str:
