@@ -15,11 +15,17 @@ from typing import Any
 from padst_compile.structures import structure_from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "accuracy"))
+
+from report import control_of, in_words  # noqa: E402  # of the accuracy study, a folder of scripts of its own
+from statistics_of_seeds import estimate, paired  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
 TRAINING = RESULTS / "cpu-training-layers.json"
 STEPS = RESULTS / "cpu-training.json"
+STUDY = RESULTS / "accuracy-study.jsonl"
 SECTIONS = (("Models", "cpu-models.json"), ("Layers", "cpu-layers.json"))
 
 
@@ -34,7 +40,30 @@ def render() -> str:
         parts.append(_training(json.loads(TRAINING.read_text()), TRAINING.relative_to(ROOT)))
     if STEPS.exists():
         parts.append(_steps(json.loads(STEPS.read_text()), STEPS.relative_to(ROOT)))
+    if STUDY.exists():
+        rows = [json.loads(line) for line in STUDY.read_text().splitlines()]
+        parts += [_study(*key, rows) for key in sorted({(row["task"], row["sparsity"]) for row in rows})]
     return "\n".join(parts)
+
+
+def _study(task: str, sparsity: float, rows: list[dict[str, Any]]) -> str:
+    """One task at one sparsity, and dense."""
+    values: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["task"] == task and (row["sparsity"] == sparsity or row["method"] == "dense"):
+            values.setdefault(row["method"], {})[row["seed"]] = row["value"]
+    lines = []
+    for method, found in values.items():
+        control = control_of(method, values)
+        difference = None if control is None else paired(found, values[control])
+        against = "" if difference is None else f"{in_words(difference, signed=True)} against {control}"
+        lines.append(f"| {method} | {in_words(estimate(list(found.values())))} | {against} | {len(found)} |")
+    metric = next(row["metric"] for row in rows if row["task"] == task)
+    heading = (
+        f"**Accuracy, {task}, {sparsity:.0%}** (validation {metric}; means over seeds with 95 % intervals, differences paired "
+        f"by seed, a star where the interval excludes zero; from `{STUDY.relative_to(ROOT)}`)"
+    )
+    return "\n".join([heading, "", f"| | {metric} | difference | seeds |", "|-|-:|-:|-:|", *lines, ""])
 
 
 def _heading(title: str, machine: dict[str, Any], source: Path) -> str:

@@ -55,15 +55,15 @@ def _section(task: str, sparsity: float, rows: Sequence[Row]) -> str:
     values = {method: {seed: row["value"] for seed, row in found.items()} for method, found in by_method.items()}
     lines = []
     for method, found in by_method.items():
-        control = _control(method, values)
+        control = control_of(method, values)
         difference = None if control is None else paired(values[method], values[control])
         seconds = estimate([row["seconds"] for row in found.values()])
         density = estimate([row["density"] for row in found.values()])
         agree = all(row["compiled_agrees"] for row in found.values())
         cells = [
             method,
-            _text(estimate(list(values[method].values()))),
-            "" if difference is None else _text(difference, signed=True),
+            in_words(estimate(list(values[method].values()))),
+            "" if difference is None else in_words(difference, signed=True),
             f"{density.mean:.3f}",
             f"{seconds.mean:.0f} s",
             "yes" if agree else "NO",
@@ -78,7 +78,7 @@ def _section(task: str, sparsity: float, rows: Sequence[Row]) -> str:
     )
 
 
-def _control(method: str, values: dict[str, dict[int, float]]) -> str | None:
+def control_of(method: str, values: dict[str, dict[int, float]]) -> str | None:
     """The method that this one should beat: the same structure with a random permutation, or with none."""
     structure, _, permutation = method.partition(" ")
     wanted = {"static": None, "none": "static", "random": "none"}.get(permutation, "random") if permutation else None
@@ -95,7 +95,8 @@ def _verdict(values: dict[str, dict[int, float]]) -> str:
     return f"The task does not tell: dense and {html.escape(fixed)} differ by less than two intervals."
 
 
-def _text(found: Estimate, *, signed: bool = False) -> str:
+def in_words(found: Estimate, *, signed: bool = False) -> str:
+    """A mean with its interval; a star where that excludes zero."""
     number = f"{found.mean:+.4f}" if signed else f"{found.mean:.4f}"
     if found.count < 2:
         return f"{number} (1 seed)"
