@@ -53,6 +53,21 @@ def test_a_dense_checkpoint_is_sparsified_saved_and_loaded(make: Any, spec: pads
     assert torch.equal(type(dense).from_pretrained(tmp_path / "again")(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_model_that_was_pruned_in_training_is_saved_with_its_new_sizes(tmp_path: Path) -> None:
+    model = padst.sparsify(gpt2().train(), SPEC)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = sum(layer.values.numel() for _, layer in padst.sparse_layers(model))
+    padst.attach(model, optimizer, padst.DSTConfig("magnitude", interval=1, end=1.0, total_steps=3, final_sparsity=0.75))
+    for _ in range(3):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    padst.finalize(model).eval().save_pretrained(tmp_path)
+    assert sum(layer.values.numel() for _, layer in padst.sparse_layers(model)) < before
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sparse")

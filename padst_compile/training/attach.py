@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import distributed, nn
 
+from padst_compile import transformers_config
 from padst_compile.conversion import sparse_layers
 from padst_compile.errors import AlreadyAttachedError, AttachError, NotAttachedError
 from padst_compile.layers import PermutedSparseLinear
@@ -100,6 +101,7 @@ def finalize(model: M) -> M:
         runtime.finish()
     for layer in layers:
         layer.__dict__.pop(_ATTRIBUTE, None)
+    transformers_config.note(unwrapped(model))  # pruned layers have other sizes
     return model
 
 
