@@ -16,6 +16,7 @@ from padst_compile.passes.context import Context
 from padst_compile.passes.fuse_activation import FuseActivation
 from padst_compile.passes.graph import argument
 from padst_compile.passes.native_calls import is_native_linear
+from padst_compile.testing.rule_runs import diagonals, run_rule
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native kernels: {native.unavailable_reason()}")
 
@@ -24,11 +25,7 @@ UNIT = torch.finfo(torch.float32).eps / 2
 
 
 def product(x: torch.Tensor, **epilogue: Any) -> torch.Tensor:
-    """Two diagonals of whole numbers, on which float32 is exact."""
-    offsets, values = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([[1.0, -2.0, 3.0, 1.0] * 2, [2.0, 0.0] * 4])
-    bias = torch.arange(8.0) - 4
-    result: torch.Tensor = torch.ops.padst_native.diagonal_linear.default(x, values, offsets, bias, None, None, 8, **epilogue)
-    return result
+    return diagonals(x, torch.arange(8.0) - 4, **epilogue)
 
 
 def n_m(x: torch.Tensor) -> torch.Tensor:
@@ -48,21 +45,8 @@ def sample() -> torch.Tensor:
     return (torch.arange(24.0) % 7 - 3).reshape(3, 8)
 
 
-def apply(function: Function, x: torch.Tensor) -> tuple[RuleReport, fx.GraphModule, Any]:
-    found: list[Any] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        rule = FuseActivation()
-        report = rule.run(Context(gm, {}, inference=True))
-        assert rule.run(Context(gm, {}, inference=True)).rewritten == 0
-        gm.graph.lint()
-        gm.recompile()
-        found.extend([report, gm])
-        return gm.forward
-
-    with torch.no_grad():
-        result = torch.compile(function, backend=backend, fullgraph=True)(x)
-    return found[0], found[1], result
+def apply(function: Function, *inputs: torch.Tensor) -> tuple[RuleReport, fx.GraphModule, Any]:
+    return run_rule(FuseActivation, function, *inputs)
 
 
 def activations(module: fx.GraphModule) -> list[str]:

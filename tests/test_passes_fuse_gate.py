@@ -15,23 +15,15 @@ import padst_compile as padst
 from padst_compile.backend import padst as backend
 from padst_compile.kernels import native
 from padst_compile.passes.base import RuleReport
-from padst_compile.passes.context import Context
 from padst_compile.passes.fuse_gate import FuseGate
 from padst_compile.passes.graph import argument
 from padst_compile.passes.native_calls import is_native_linear
+from padst_compile.testing.rule_runs import diagonals as product
+from padst_compile.testing.rule_runs import run_rule
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native kernels: {native.unavailable_reason()}")
 
 Function = Callable[..., Any]
-
-
-def product(x: torch.Tensor, **epilogue: Any) -> torch.Tensor:
-    """Two diagonals of whole numbers, on which float32 is exact."""
-    offsets, values = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([[1.0, -2.0, 3.0, 1.0] * 2, [2.0, 0.0] * 4])
-    result: torch.Tensor = torch.ops.padst_native.diagonal_linear.default(
-        x, values.to(x.dtype), offsets, None, None, None, 8, **epilogue
-    )
-    return result
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,20 +31,7 @@ def sample() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def apply(function: Function, *inputs: torch.Tensor) -> tuple[RuleReport, fx.GraphModule, Any]:
-    found: list[Any] = []
-
-    def capture(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        rule = FuseGate()
-        report = rule.run(Context(gm, {}, inference=True))
-        assert rule.run(Context(gm, {}, inference=True)).rewritten == 0
-        gm.graph.lint()
-        gm.recompile()
-        found.extend([report, gm])
-        return gm.forward
-
-    with torch.no_grad():
-        result = torch.compile(function, backend=capture, fullgraph=True)(*inputs)
-    return found[0], found[1], result
+    return run_rule(FuseGate, function, *inputs)
 
 
 def gates(module: fx.GraphModule) -> int:

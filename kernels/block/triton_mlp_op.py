@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from padst_compile.kernels.block.triton_op import structure_of
+from padst_compile.kernels.native.fakes import fake_block_mlp
 from padst_compile.kernels.triton_product import check_like, check_operands
 from padst_compile.structures import Block
 
@@ -82,27 +83,6 @@ def block_mlp(
     return result
 
 
-@block_mlp.register_fake
-def _block_mlp_fake(
-    x: torch.Tensor,
-    first_values: torch.Tensor,
-    first_row_pointers: torch.Tensor,
-    first_columns: torch.Tensor,
-    first_bias: torch.Tensor | None,
-    first_input_permutation: torch.Tensor | None,
-    first_output_permutation: torch.Tensor | None,
-    hidden_features: int,
-    second_values: torch.Tensor,
-    second_row_pointers: torch.Tensor,
-    second_columns: torch.Tensor,
-    second_bias: torch.Tensor | None,
-    second_input_permutation: torch.Tensor | None,
-    second_output_permutation: torch.Tensor | None,
-    out_features: int,
-    activation: str = "none",
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
+block_mlp.register_fake(fake_block_mlp)
 
 OP = torch.ops.padst_triton.block_mlp.default

@@ -8,6 +8,7 @@ import torch
 
 from padst_compile.kernels.block import aten
 from padst_compile.kernels.extras import Extras
+from padst_compile.kernels.native.fakes import fake_block_linear
 from padst_compile.kernels.triton_product import TritonProduct, check_index, check_operands
 from padst_compile.structures import Block, Topology
 
@@ -56,21 +57,7 @@ def block_linear(
     return result
 
 
-@block_linear.register_fake
-def _block_linear_fake(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    row_pointers: torch.Tensor,
-    columns: torch.Tensor,
-    bias: torch.Tensor | None,
-    input_permutation: torch.Tensor | None,
-    output_permutation: torch.Tensor | None,
-    out_features: int,
-    activation: str = "none",
-    residual: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+block_linear.register_fake(fake_block_linear)
 
 
 class BlockProduct(TritonProduct):

@@ -11,8 +11,8 @@ import torch
 def register(library: str) -> None:
     """Give the ops of a loaded library their fake implementations."""
     torch.library.register_fake(f"{library}::interleave_blocks", _fake_interleave_blocks)
-    torch.library.register_fake(f"{library}::block_linear", _fake_block_linear)
-    torch.library.register_fake(f"{library}::block_mlp", _fake_block_mlp)
+    torch.library.register_fake(f"{library}::block_linear", fake_block_linear)
+    torch.library.register_fake(f"{library}::block_mlp", fake_block_mlp)
     torch.library.register_fake(f"{library}::block_value_gradient", _fake_block_value_gradient)
     torch.library.register_fake(f"{library}::nm_linear", _fake_nm_linear)
     torch.library.register_fake(f"{library}::nm_input_gradient", _fake_nm_input_gradient)
@@ -35,7 +35,7 @@ def _fake_interleave_blocks(
     return values.new_empty((values.shape[0], values.shape[1] // 2, values.shape[2], 2))
 
 
-def _fake_block_linear(
+def fake_block_linear(
     x: torch.Tensor,
     values: torch.Tensor,
     row_pointers: torch.Tensor,
@@ -49,10 +49,11 @@ def _fake_block_linear(
     gate: torch.Tensor | None = None,
     token_tile: int = 0,
 ) -> torch.Tensor:
+    """Of `block_linear`, in C++ and in Triton."""
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _fake_block_mlp(
+def fake_block_mlp(
     x: torch.Tensor,
     first_values: torch.Tensor,
     first_row_pointers: torch.Tensor,
@@ -72,6 +73,7 @@ def _fake_block_mlp(
     residual: torch.Tensor | None = None,
     token_tile: int = 0,
 ) -> torch.Tensor:
+    """Of `block_mlp`, in C++ and in Triton."""
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from padst_compile.structures import NM, Shape, Structure, Topology
+from padst_compile.structures import NM, Shape, Structure
+from padst_compile.testing.sparse_product import SparseProduct
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = torch.finfo(torch.float32).eps / 2
@@ -64,19 +65,8 @@ ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Layer(SparseProduct):
     """A random sparse layer and what its native op takes."""
-
-    structure: Structure
-    shape: Shape
-    values: torch.Tensor
-    topology: Topology
-    bias: torch.Tensor | None = None
-    input_permutation: torch.Tensor | None = None
-    output_permutation: torch.Tensor | None = None
-    activation: str = "none"
-    residual: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
 
     @classmethod
     def random(cls, structure: Structure, shape: Shape, dtype: torch.dtype, sparsity: float = 0.6) -> Layer:
@@ -112,14 +102,7 @@ class Layer:
         activation enlarges that by no more than its steepest slope, and adds its own error; a gate and a residual add
         roundings.
         """
-        weight = self.structure.unpack(self.values.double(), self.topology, self.shape)
-        wide = x.double() if self.input_permutation is None else x.double()[..., self.input_permutation.long()]
-        exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
-        if self.output_permutation is not None:
-            order = self.output_permutation.long()
-            exact, magnitude = exact[..., order], magnitude[..., order]
-        if self.bias is not None:
-            exact, magnitude = exact + self.bias.double(), magnitude + self.bias.double().abs()
+        exact, magnitude = self.exact_sums(x)
         terms = self.shape.in_features + 2
         bound = terms * UNIT / (1 - terms * UNIT) * magnitude
         activation = ACTIVATIONS[self.activation]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from padst_compile.structures import NM, Shape, Structure, Topology
+from padst_compile.structures import NM, Shape, Structure
+from padst_compile.testing.sparse_product import SparseProduct
 
 _UNIT = torch.finfo(torch.float32).eps / 2
 _STEEPEST = 1.13  # slope of all activations
@@ -34,32 +35,8 @@ def rounding_unit(y: torch.Tensor) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonLayer:
-    """A random sparse layer on some device.
-
-    Attributes:
-        structure: of the weight.
-        shape: of the weight.
-        values: the active weights.
-        topology: index tensors.
-        bias: `[out_features]` or None, like what follows.
-        input_permutation: int32 `[in_features]`.
-        output_permutation: int32 `[out_features]`.
-        activation: one of `ACTIVATIONS`.
-        residual: `[..., out_features]`.
-        gate: `[..., out_features]`.
-    """
-
-    structure: Structure
-    shape: Shape
-    values: torch.Tensor
-    topology: Topology
-    bias: torch.Tensor | None = None
-    input_permutation: torch.Tensor | None = None
-    output_permutation: torch.Tensor | None = None
-    activation: str = "none"
-    residual: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
+class TritonLayer(SparseProduct):
+    """A random sparse layer on some device."""
 
     @classmethod
     def random(
@@ -114,7 +91,7 @@ class TritonLayer:
         A float32 sum of k products is off by at most gamma(k) times the sum of their magnitudes (Higham, section 3.1). What
         follows enlarges that by its slope, and adds its own roundings and that of the result.
         """
-        exact, magnitude = self._sums(x)
+        exact, magnitude = self.exact_sums(x)
         terms = self.shape.in_features + 2
         bound = terms * _UNIT / (1 - terms * _UNIT) * magnitude
         if self.activation != "none":
@@ -130,15 +107,3 @@ class TritonLayer:
         excess = (y.double() - exact).abs() - bound
         if not bool((excess <= 0).all()):  # written so that a NaN fails
             raise AssertionError(f"{self.structure} {self.shape} {tuple(x.shape)}: over the bound by {excess.max():.3g}")
-
-    def _sums(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product with permutations and bias in float64, and the sums of its magnitudes."""
-        weight = self.structure.unpack(self.values.double(), self.topology, self.shape)
-        wide = x.double() if self.input_permutation is None else x.double()[..., self.input_permutation.long()]
-        exact, magnitude = wide @ weight.T, wide.abs() @ weight.abs().T
-        if self.output_permutation is not None:
-            order = self.output_permutation.long()
-            exact, magnitude = exact[..., order], magnitude[..., order]
-        if self.bias is not None:
-            exact, magnitude = exact + self.bias.double(), magnitude + self.bias.double().abs()
-        return exact, magnitude
