@@ -136,7 +136,7 @@ def read_stored(data: Any) -> tuple[dict[str, Any], Entry]:
         raise ValueError(f"{tokens} tokens")
     entry = Entry.from_dict(data)
     first, names = entry.default.candidate, [timing.candidate.kernel for timing in entry.timings]
-    wanted = key["problem"]["kernels"] if key["kind"] == "layer" else [key["problem"]["kernel"]]
+    wanted = [key["problem"]["kernel"]] if key["kind"] == "launch" else key["problem"]["kernels"]
     if first.tile is not None or list(dict.fromkeys(names)) != wanted:
         raise ValueError(f"measured {', '.join(names)}, not {', '.join(wanted)} from their defaults on")
     return key, entry

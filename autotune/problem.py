@@ -59,6 +59,7 @@ class MlpProblem:
         permuted: which tables the layers apply, of "in", "between" and "out", joined by "+".
         device: type of the device, as in "cpu".
         epilogue: the first layer's activation and what the second adds, as in "gelu+residual".
+        kernels: what can run the layers, the default first: two kernels, or one.
     """
 
     structure: str
@@ -71,6 +72,7 @@ class MlpProblem:
     permuted: str
     device: str
     epilogue: str
+    kernels: tuple[str, ...] = ("apart", "fused")
 
 
 def token_bucket(tokens: int, device: str = "cpu") -> int:

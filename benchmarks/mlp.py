@@ -71,7 +71,7 @@ def _candidates(dtype: torch.dtype, sparsity: float, tokens: int, permuted: bool
     linear, mlp = torch.ops.padst_native.block_linear, torch.ops.padst_native.block_mlp
     return {
         "two": lambda: linear(linear(x, *first, "gelu"), *second, "none", x),
-        "one": lambda: mlp(x, *first, *second, "gelu", x),
+        "one": lambda: mlp(x, *first[:-2], HIDDEN, *second, "gelu", x),
     }
 
 

@@ -2,8 +2,9 @@
 
 What only the second product reads need not be a tensor: one kernel takes a tile of tokens through both, its hidden features in
 cache (C++) or in registers (Triton). It gives up some parallelism for that, or computes hidden features twice, so that it is
-measured against the two kernels, and has to be faster. Permutations between the products are an order in which the C++ kernel
-writes hidden features; Triton's takes none.
+measured against the two kernels, and has to be faster. Permutations between the products become one table, in which order the
+second reads hidden features, and the first layer's bias moves to the order of its sums:
+permute(S x, p) + b = permute(S x + b[p^-1], p). Triton's kernel takes no tables.
 
 Expects `FuseActivation` and `FuseResidual` before it, and `InterleaveBlocks`, whose blocks the kernel reads as well. Needs no
 values, but parameters that stay to measure with.
@@ -11,6 +12,7 @@ values, but parameters that stay to measure with.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ from padst_compile.passes.base import RewriteRule
 from padst_compile.passes.choose_kernels import Policy
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import argument, fake, obstacle_between, rows
+from padst_compile.passes.index_nodes import invert, select
 from padst_compile.passes.native_calls import epilogue, is_block_linear, note_joined
 from padst_compile.structures import Block
 
@@ -100,9 +103,27 @@ def _kernel(node: fx.Node) -> dispatch.SparseKernel:
 
 
 def _arguments(first: fx.Node, second: fx.Node, tile: Tile | None) -> tuple[Any, ...]:
-    layers = [argument(layer, name) for layer in (first, second) for name in _LAYER]
-    arguments = (argument(first, "x"), *layers, argument(first, "activation"), argument(second, "residual"))
+    graph = second.graph
+    with graph.inserting_before(second):
+        operands = _operands(_layer(first), _layer(second), functools.partial(select, graph), functools.partial(invert, graph))
+    arguments = (argument(first, "x"), *operands, argument(first, "activation"), argument(second, "residual"))
     return arguments if tile is None else (*arguments, tile.tokens)
+
+
+def _layer(node: fx.Node) -> list[Any]:
+    return [argument(node, name) for name in _LAYER]
+
+
+def _operands(
+    first: Sequence[Any], second: Sequence[Any], select: Callable[[Any, Any], Any], invert: Callable[[Any], Any]
+) -> tuple[Any, ...]:
+    """What one kernel takes of two layers, both as nodes or as tensors; see `index_nodes` for `select` and `invert`."""
+    *weight, bias, into, behind, features = first
+    *other, other_bias, reads, out, other_features = second
+    if behind is not None:  # the kernel adds the bias to the sums, before it permutes them
+        bias = None if bias is None else select(bias, invert(behind))
+        reads = behind if reads is None else select(behind, reads)
+    return *weight, bias, into, features, *other, other_bias, reads, out, other_features
 
 
 def _why_kernel_cannot(first: fx.Node, second: fx.Node, facts: Context) -> str | None:
@@ -156,15 +177,16 @@ def _runs(first: fx.Node, second: fx.Node, facts: Context, tokens: int) -> dict[
 
     activations = random(int(x.shape[-1]))
     residual = random(y.shape[-1]) if argument(second, "residual") is not None else None
-    layers = [fx.map_arg([argument(layer, name) for name in _LAYER], facts.value) for layer in (first, second)]
+    layers = fx.map_arg((_layer(first), _layer(second)), facts.value)
     activation, op, product = argument(first, "activation"), dispatch.mlp_op(_kernel(second)), second.target
     assert callable(product)
+    operands = _operands(layers[0], layers[1], lambda tensor, indices: tensor[indices], torch.argsort)
 
     def apart() -> Any:
         return product(product(activations, *layers[0], activation), *layers[1], "none", residual)
 
     def fused(*tile: int) -> Callable[[], Any]:
-        return lambda: op(activations, *layers[0], *layers[1], activation, residual, *tile)
+        return lambda: op(activations, *operands, activation, residual, *tile)
 
     tiles: Sequence[int] = _TILES if _kernel(second) == "native" else ()
     return {

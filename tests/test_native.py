@@ -290,6 +290,15 @@ def test_a_negative_token_tile_is_refused() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 40, 48, 63, 64, 65, 130])
+def test_permuted_inputs_of_blocks_of_any_height_and_width(rows: int) -> None:
+    """All sizes of the kernel that reads lines, whose sums fill registers in as many ways."""
+    for columns, tokens in itertools.product((1, 4, 19), (7, 8, 9, 15, 16, 17, 31, 32, 33, 70)):
+        layer = Layer.random(Block((rows, columns)), Shape(3 * rows - rows // 2, 5 * columns - columns // 3), torch.float32)
+        layer.with_extras(True, True, False).check(torch.randn(tokens, layer.shape.in_features))
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_permutations_of_any_width_and_any_number_of_tokens(dtype: torch.dtype) -> None:
     for features in (*range(1, 40), 97, 530):

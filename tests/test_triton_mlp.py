@@ -36,15 +36,16 @@ def layers(case: tuple[Block, Block, tuple[int, int, int]], dtype: torch.dtype, 
     ]
 
 
-def operands(layer: TritonLayer) -> tuple[Any, ...]:
-    """What the op takes of a layer."""
-    return layer.values, *layer.topology, layer.bias, None, None, layer.shape.out_features
+def operands(first: TritonLayer, second: TritonLayer) -> tuple[Any, ...]:
+    """What the op takes of two layers."""
+    one, two = ((layer.values, *layer.topology, layer.bias, None) for layer in (first, second))
+    return *one, first.shape.out_features, *two, None, second.shape.out_features
 
 
 def check(first: TritonLayer, second: TritonLayer, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> None:
     """The fused result is as close to float64 as rounding of the hidden tensor and two float32 sums allow."""
     hidden_features, out_features = first.shape.out_features, second.shape.out_features
-    y = OP(x, *operands(first), *operands(second), activation, residual)
+    y = OP(x, *operands(first, second), activation, residual)
     weights = [layer.structure.unpack(layer.values.double(), layer.topology, layer.shape) for layer in (first, second)]
     act = {"none": lambda z: z, "gelu": F.gelu, "silu": F.silu}[activation]
     biases = [0.0 if layer.bias is None else layer.bias.double() for layer in (first, second)]
@@ -89,18 +90,18 @@ def test_blocks_that_do_not_meet_are_refused(triton_device: torch.device) -> Non
     for rows, columns, message in ((16, 32, "16 rows"), (256, 256, "at most 128")):
         first, second = layers((Block((rows, 16)), Block((16, columns)), (32, 512, 48)), torch.float32, triton_device)
         with pytest.raises(RuntimeError, match=message):
-            OP(first.random_input(3), *operands(first), *operands(second))
+            OP(first.random_input(3), *operands(first, second))
 
 
 def test_operands_that_do_not_fit_are_refused(triton_device: torch.device) -> None:
     first, second = layers(CASES[0], torch.float32, triton_device)
-    x, one, two = first.random_input(3), operands(first), operands(second)
+    x, both = first.random_input(3), operands(first, second)
     table = torch.arange(64, dtype=torch.int32, device=triton_device)
     for arguments, message in (
-        ((*one[:5], table, one[6], *two), "takes no permutations"),
-        ((*one, *two, "tanh"), "activation must be one of"),
-        ((*one, *two, "none", x), "residual must be"),
-        ((*one[:3], x, *one[4:], *two), "first_bias must be"),
+        ((*both[:4], table, *both[5:]), "takes no permutations"),
+        ((*both, "tanh"), "activation must be one of"),
+        ((*both, "none", x), "residual must be"),
+        ((*both[:3], x, *both[4:]), "first_bias must be"),
     ):
         with pytest.raises(RuntimeError, match=message):
             OP(x, *arguments)
@@ -108,6 +109,6 @@ def test_operands_that_do_not_fit_are_refused(triton_device: torch.device) -> No
 
 def test_leading_dimensions_and_opcheck(triton_device: torch.device) -> None:
     first, second = layers(CASES[0], torch.float32, triton_device)
-    x, arguments = first.random_input(6).reshape(2, 3, -1), (*operands(first), *operands(second), "gelu")
+    x, arguments = first.random_input(6).reshape(2, 3, -1), (*operands(first, second), "gelu")
     torch.testing.assert_close(OP(x, *arguments), OP(x.reshape(6, -1), *arguments).reshape(2, 3, -1))
     torch.library.opcheck(OP, (x, *arguments), test_utils=("test_schema", "test_faketensor"))

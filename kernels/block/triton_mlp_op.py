@@ -28,7 +28,6 @@ def block_mlp(
     first_columns: torch.Tensor,
     first_bias: torch.Tensor | None,
     first_input_permutation: torch.Tensor | None,
-    first_output_permutation: torch.Tensor | None,
     hidden_features: int,
     second_values: torch.Tensor,
     second_row_pointers: torch.Tensor,
@@ -53,7 +52,7 @@ def block_mlp(
 
     check_operands(x, first_values, hidden_features)
     check_operands(x, second_values, out_features)
-    tables = (first_input_permutation, first_output_permutation, second_input_permutation, second_output_permutation)
+    tables = (first_input_permutation, second_input_permutation, second_output_permutation)
     if any(table is not None for table in tables):
         raise RuntimeError("the fused kernel of two layers takes no permutations")
     if activation not in ACTIVATIONS:

@@ -75,7 +75,7 @@ struct Gelu {
     const Vec a = at_most(absolute(x), 13.0f), half = -0.5f * a, square = half * a;
     Reduced exponent(square);
     exponent.rest += multiply_subtract(half, a, square);  // what rounding took from the square
-    const Vec t = 1.0f / (1.0f + 0.34f * a);
+    const Vec t = reciprocal(1.0f + 0.34f * a);
     return at_least(x, 0.0f) - (a * t) * exponential(exponent) * polynomial(kCoefficients, t);
   }
 };
@@ -84,7 +84,7 @@ struct Gelu {
 template <typename Exponent>
 inline Vec gate(Vec x, float limit, const Exponent& exponent) {
   const Vec numerator = at_least(x, -limit);
-  return numerator / (1.0f + exponential(Reduced(-exponent(at_most(numerator, limit)))));
+  return numerator * reciprocal(1.0f + exponential(Reduced(-exponent(at_most(numerator, limit)))));
 }
 
 struct Silu {

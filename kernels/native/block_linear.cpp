@@ -25,16 +25,16 @@ std::vector<int64_t> split_block_rows(const BlockMatrix& s, int64_t parts) {
   return bounds;
 }
 
-template <typename T, typename C>
+template <typename Tile, typename T, typename C>
 void run(
     const BlockMatrix& s, const PackedBlocks<C>& blocks, const T* x, const int32_t* permutation, int64_t total_tokens,
     int64_t token_tile, const Output<T>& output, const std::vector<int64_t>& bounds) {
   const int64_t threads = at::get_num_threads(), parts = static_cast<int64_t>(bounds.size()) - 1;
-  const int64_t tile = balanced_tile(total_tokens, token_tile, threads);
+  const int64_t tile = balanced_tile(total_tokens, token_tile, threads, Tile::kStep);
   const int64_t z_stride = sums_stride(s);
   at::parallel_for(0, ceil_div(total_tokens, tile) * parts, 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
-    TokenTile<T, C> inputs(s, x, permutation, tile);
+    Tile inputs(s, x, permutation, tile);
     const Scratch<float> z(tile * z_stride);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / parts * tile, tokens = std::min(tile, total_tokens - first), part = item % parts;
@@ -65,7 +65,10 @@ void dispatch(
   const Output<T> output(
       y.mutable_data_ptr<T>(), s.out_features, s.out_features, epilogue.pointers<T>(), output_permutation,
       target.empty() ? nullptr : target.data());
-  run<T, C>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, tile, output, bounds);
+  with_tile<T, C>(input_permutation, tokens, [&](auto tag) {
+    using Tile = typename decltype(tag)::Type;
+    run<Tile>(s, blocks, x.const_data_ptr<T>(), input_permutation, tokens, tile, output, bounds);
+  });
 }
 
 template <typename T>

@@ -1,62 +1,17 @@
 // y = block_linear(block_linear(x, S1, activation), S2, residual), the hidden features in cache.
 //
-// A tile of tokens goes through both products before the next begins: its hidden features stay in scratch, where the second
-// product reads them as the panel that it would otherwise copy them into. The permutations between the products are the order
-// in which they get there.
+// A tile of tokens goes through both products before the next begins. Each block row of S1 is finished while its sums are in the
+// L1 cache, and becomes part of the panel that S2 reads, in the order in which S2 reads it.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/index_select.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "block_product.h"
 #include "kernels.h"
 
 namespace padst {
 namespace {
-
-// The hidden features of a tile of tokens, rounded to T as in memory.
-template <typename T, typename C>
-class HiddenTile {
- public:
-  HiddenTile(int64_t features, int64_t tokens, const Epilogue<T>& epilogue, const int32_t* permutation)
-      : features_(features),
-        panel_(features, tokens),
-        rounded_(kSame ? 0 : tokens * features),
-        output_(start(), features, kSame ? panel_.stride() : features, epilogue, permutation, nullptr) {}
-
-  // From the sums [tokens, features] of the first product, in rows `stride` apart.
-  void finish(int64_t tokens, const float* sums, int64_t stride) {
-    output_.finish(0, tokens, sums, stride, {0, features_});
-    for (int64_t t = 0; t < tokens; ++t) {
-      if constexpr (!kSame) {
-        convert(rounded_.data() + t * features_, features_, panel_.row(t));
-      }
-      panel_.end_row(t);
-    }
-  }
-
-  const Panel<C>& panel() const {
-    return panel_;
-  }
-
- private:
-  static constexpr bool kSame = std::is_same_v<T, C>;
-
-  T* start() const {
-    if constexpr (kSame) {
-      return panel_.row(0);
-    } else {
-      return rounded_.data();
-    }
-  }
-
-  int64_t features_;
-  Panel<C> panel_;
-  Scratch<T> rounded_;
-  Output<T> output_;
-};
 
 // One of the two matrices.
 template <typename C>
@@ -66,75 +21,132 @@ struct Product {
 
   Product(const BlockMatrix& s, const at::Tensor& values) : s(s), blocks(s, values) {}
 
-  void multiply(const Panel<C>& inputs, int64_t tokens, float* sums) const {
-    for (int64_t block_row = 0; block_row < s.block_rows; ++block_row) {
-      multiply_block_row(s, blocks, block_row, inputs, tokens, sums + block_row * s.rows, sums_stride(s));
-    }
+  Range outputs(int64_t block_row) const {
+    return {block_row * s.rows, block_row * s.rows + s.height(block_row)};
+  }
+  template <typename Inputs>
+  void multiply(int64_t block_row, const Inputs& inputs, int64_t tokens, float* sums, int64_t stride) const {
+    multiply_block_row(s, blocks, block_row, inputs, tokens, sums, stride);
   }
 };
 
+// The hidden features of a tile of tokens, rounded to T as in memory, in rows. A permutation gathers them once they are there.
 template <typename T, typename C>
+class HiddenRows {
+ public:
+  static constexpr int64_t kStep = 1;
+
+  HiddenRows(const BlockMatrix& second, const Epilogue<T>& epilogue, const int32_t* permutation, int64_t tile)
+      : features_(second.in_features),
+        epilogue_(epilogue),
+        direct_(std::is_same_v<T, C> && permutation == nullptr),
+        rows_(direct_ ? 0 : tile * features_),
+        tile_(second, rows_.data(), permutation, tile) {}
+
+  // Some features of all tokens, from their sums in rows `stride` apart.
+  void finish(Range part, int64_t tokens, const float* sums, int64_t stride) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      finish_row(sums + t * stride, epilogue_.from(part.begin, 0), part.size(), row(t) + part.begin);
+    }
+  }
+
+  // The panel of what was finished.
+  const Panel<C>& panel(int64_t tokens) {
+    if (!direct_) {
+      tile_.load(0, tokens);
+    }
+    return tile_.panel();
+  }
+
+ private:
+  T* row(int64_t token) const {
+    if constexpr (std::is_same_v<T, C>) {
+      if (direct_) {
+        return tile_.panel().row(token);
+      }
+    }
+    return rows_.data() + token * features_;
+  }
+
+  int64_t features_;
+  Epilogue<T> epilogue_;
+  bool direct_;
+  Scratch<T> rows_;
+  TokenTile<T, C> tile_;
+};
+
+// The same in lines: each block row goes to where the second product reads it.
+template <typename T>
+class HiddenLines {
+ public:
+  static constexpr int64_t kStep = kLanes;
+
+  HiddenLines(const BlockMatrix& second, const Epilogue<T>& epilogue, const int32_t* permutation, int64_t tile)
+      : epilogue_(epilogue), panel_(permutation, second.in_features, tile) {}
+
+  void finish(Range part, int64_t tokens, const float* sums, int64_t stride) {
+    with_activation(epilogue_.activation, [&](auto activation) {
+      const auto finish = [=, bias = epilogue_.bias](Vec z, int64_t feature) { return rounded<T>(activation(z + bias[feature])); };
+      for (int64_t first = 0; first < tokens; first += kLanes) {
+        panel_.store(sums + first * stride, stride, first, std::min<int64_t>(kLanes, tokens - first), part, finish);
+      }
+    });
+  }
+
+  const LinePanel& panel(int64_t) const {
+    return panel_;
+  }
+
+ private:
+  Epilogue<T> epilogue_;
+  LinePanel panel_;
+};
+
+template <typename Inputs, typename Hidden, typename T, typename C>
 void run(
     const Product<C>& first, const Product<C>& second, const T* x, const int32_t* input_permutation, int64_t total_tokens,
     int64_t token_tile, const Epilogue<T>& between, const int32_t* between_table, const Output<T>& output) {
-  const int64_t tile = balanced_tile(total_tokens, token_tile, at::get_num_threads());
-  const int64_t hidden_stride = sums_stride(first.s), stride = sums_stride(second.s);
+  const int64_t tile = balanced_tile(total_tokens, token_tile, at::get_num_threads(), std::max(Inputs::kStep, Hidden::kStep));
+  const int64_t first_stride = round_up(first.s.rows, kLanes), stride = sums_stride(second.s);
   at::parallel_for(0, ceil_div(total_tokens, tile), 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
-    TokenTile<T, C> inputs(first.s, x, input_permutation, tile);
-    HiddenTile<T, C> hidden(first.s.out_features, tile, between, between_table);
-    const Scratch<float> sums(tile * std::max(hidden_stride, stride));
+    Inputs inputs(first.s, x, input_permutation, tile);
+    Hidden hidden(second.s, between, between_table, tile);
+    const Scratch<float> sums(tile * std::max(first_stride, stride));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t start = item * tile, tokens = std::min(tile, total_tokens - start);
       inputs.load(start, tokens);
-      first.multiply(inputs.panel(), tokens, sums.data());
-      hidden.finish(tokens, sums.data(), hidden_stride);
-      second.multiply(hidden.panel(), tokens, sums.data());
+      for (int64_t row = 0; row < first.s.block_rows; ++row) {
+        first.multiply(row, inputs.panel(), tokens, sums.data(), first_stride);
+        hidden.finish(first.outputs(row), tokens, sums.data(), first_stride);
+      }
+      const auto& panel = hidden.panel(tokens);
+      for (int64_t row = 0; row < second.s.block_rows; ++row) {
+        second.multiply(row, panel, tokens, sums.data() + row * second.s.rows, stride);
+      }
       output.finish(start, tokens, sums.data(), stride, {0, second.s.out_features});
     }
   });
 }
 
-// The order in which the second product reads the rows of the first, and the bias in that order.
-class Between {
- public:
-  Between(const OptionalTensor& first_output, const OptionalTensor& second_input, const OptionalTensor& bias, int64_t features)
-      : table_(permutation_pointer(first_output, features, "first_output_permutation")), bias_(bias) {
-    const int32_t* reads = permutation_pointer(second_input, features, "second_input_permutation");
-    if (reads == nullptr) {
-      return;
+// visit(a tag with the type of hidden features), chosen as tiles of x are.
+template <typename T, typename C, typename Visit>
+void with_hidden(const int32_t* permutation, int64_t tokens, const Visit& visit) {
+  with_tile<T, C>(permutation, tokens, [&](auto tile) {
+    if constexpr (std::is_same_v<decltype(tile), Tag<LineTile<T>>>) {
+      visit(Tag<HiddenLines<T>>{});
+    } else {
+      visit(Tag<HiddenRows<T, C>>{});
     }
-    if (table_ != nullptr) {
-      composed_.resize(features);
-      std::transform(reads, reads + features, composed_.begin(), [&](int32_t feature) { return table_[feature]; });
-    }
-    table_ = table_ != nullptr ? composed_.data() : reads;
-    if (bias_.has_value()) {
-      TORCH_CHECK(bias_->dim() == 1 && bias_->numel() == features, "first_bias must be [", features, "], got ", bias_->sizes());
-      bias_ = bias_->index_select(0, *second_input);
-    }
-  }
-
-  const int32_t* table() const {
-    return table_;
-  }
-  const OptionalTensor& bias() const {
-    return bias_;
-  }
-
- private:
-  const int32_t* table_;
-  std::vector<int32_t> composed_;
-  OptionalTensor bias_;
-};
+  });
+}
 
 }  // namespace
 
 at::Tensor block_mlp(
     const at::Tensor& x_in, const at::Tensor& first_values_in, const at::Tensor& first_row_pointers,
     const at::Tensor& first_columns, const OptionalTensor& first_bias, const OptionalTensor& first_input_permutation,
-    const OptionalTensor& first_output_permutation, int64_t hidden_features, const at::Tensor& second_values_in,
-    const at::Tensor& second_row_pointers, const at::Tensor& second_columns, const OptionalTensor& second_bias,
+    int64_t hidden_features, const at::Tensor& second_values_in, const at::Tensor& second_row_pointers, const at::Tensor& second_columns, const OptionalTensor& second_bias,
     const OptionalTensor& second_input_permutation, const OptionalTensor& second_output_permutation, int64_t out_features,
     std::string_view activation, const OptionalTensor& residual, int64_t token_tile) {
   check_operands(x_in, first_values_in, hidden_features);
@@ -147,9 +159,9 @@ at::Tensor block_mlp(
   const BlockMatrix s2 = describe(hidden_features, second_values, second_row_pointers, second_columns, out_features);
   const int32_t* in_table = permutation_pointer(first_input_permutation, s1.in_features, "first_input_permutation");
   const int32_t* out_table = permutation_pointer(second_output_permutation, out_features, "second_output_permutation");
-  const Between between(first_output_permutation, second_input_permutation, first_bias, hidden_features);
+  const int32_t* between_table = permutation_pointer(second_input_permutation, hidden_features, "second_input_permutation");
   const std::vector<int64_t> hidden_sizes = output_sizes(x, hidden_features), sizes = output_sizes(x, out_features);
-  const EpilogueOperands hidden(x, hidden_sizes, hidden_features, between.bias(), activation, std::nullopt, std::nullopt);
+  const EpilogueOperands hidden(x, hidden_sizes, hidden_features, first_bias, activation, std::nullopt, std::nullopt);
   const EpilogueOperands epilogue(x, sizes, out_features, second_bias, "none", residual, std::nullopt);
 
   at::Tensor y = at::empty(sizes, x.options());
@@ -161,9 +173,13 @@ at::Tensor block_mlp(
     using C = decltype(c);
     const Product<C> first(s1, first_values), second(s2, second_values);
     const Output<T> output(y.mutable_data_ptr<T>(), out_features, out_features, epilogue.pointers<T>(), out_table, nullptr);
-    run<T, C>(
-        first, second, x.const_data_ptr<T>(), in_table, x.numel() / s1.in_features, token_tile > 0 ? token_tile : kTokenTile<C>,
-        hidden.pointers<T>(), between.table(), output);
+    const int64_t tokens = x.numel() / s1.in_features, tile = token_tile > 0 ? token_tile : kTokenTile<C>;
+    with_tile<T, C>(in_table, tokens, [&](auto inputs) {
+      with_hidden<T, C>(between_table, tokens, [&](auto between) {
+        run<typename decltype(inputs)::Type, typename decltype(between)::Type>(
+            first, second, x.const_data_ptr<T>(), in_table, tokens, tile, hidden.pointers<T>(), between_table, output);
+      });
+    });
   });
   return y;
 }

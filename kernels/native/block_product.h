@@ -12,6 +12,7 @@
 #include "block_matrix.h"
 #include "checks.h"
 #include "epilogue.h"
+#include "line_panel.h"
 #include "micro_kernel.h"
 #include "packed_gather.h"
 #include "partition.h"
@@ -101,6 +102,15 @@ class Panel {
     row(token)[features_] = C(0.0f);
   }
 
+  // z [tokens, height] (+)= the inputs of a block column times a block.
+  void multiply(
+      const BlockMatrix& s, int64_t column, int64_t tokens, int64_t height, const C* block, float* z, int64_t z_stride,
+      bool add) const {
+    MicroKernel<C>::multiply(
+        tokens, height, round_up(s.width(column), MicroKernel<C>::kStep), row(0) + column * s.columns, stride_, block, s.rows, z,
+        z_stride, add);
+  }
+
   C* row(int64_t token) const {
     return scratch_.data() + token * stride_;
   }
@@ -116,10 +126,17 @@ class Panel {
   Scratch<C> scratch_;
 };
 
+template <typename T>
+struct Tag {
+  using Type = T;
+};
+
 // A tile of x, permuted where asked for.
 template <typename T, typename C>
 class TokenTile {
  public:
+  static constexpr int64_t kStep = 1;  // tokens that are as cheap together as fewer
+
   TokenTile(const BlockMatrix& s, const T* x, const int32_t* permutation, int64_t tile)
       : x_(x),
         permuted_(permutation != nullptr),
@@ -173,10 +190,21 @@ class TokenTile {
   Scratch<C> converted_;
 };
 
+// visit(a tag with the type of tile that suits a layer): lines where inputs are permuted and float, else rows.
+template <typename T, typename C, typename Visit>
+void with_tile(const int32_t* permutation, int64_t tokens, const Visit& visit) {
+  if constexpr (kHasLines && std::is_same_v<C, float>) {
+    if (permutation != nullptr && tokens >= kFewTokens) {
+      return visit(Tag<LineTile<T>>{});
+    }
+  }
+  visit(Tag<TokenTile<T, C>>{});
+}
+
 // z [tokens, height] = one block row of S times a panel.
-template <typename C>
+template <typename C, typename Inputs>
 void multiply_block_row(
-    const BlockMatrix& s, const PackedBlocks<C>& blocks, int64_t block_row, const Panel<C>& inputs, int64_t tokens, float* z,
+    const BlockMatrix& s, const PackedBlocks<C>& blocks, int64_t block_row, const Inputs& inputs, int64_t tokens, float* z,
     int64_t z_stride) {
   const int64_t first = s.row_pointers[block_row], last = s.row_pointers[block_row + 1], height = s.height(block_row);
   if (first == last) {
@@ -185,10 +213,7 @@ void multiply_block_row(
     }
   }
   for (int64_t block = first; block < last; ++block) {
-    const int64_t column = s.block_columns[block];
-    MicroKernel<C>::multiply(
-        tokens, height, round_up(s.width(column), MicroKernel<C>::kStep), inputs.row(0) + column * s.columns, inputs.stride(),
-        blocks.block(block), s.rows, z, z_stride, block > first);
+    inputs.multiply(s, s.block_columns[block], tokens, height, blocks.block(block), z, z_stride, block > first);
   }
 }
 

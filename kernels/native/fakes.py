@@ -60,7 +60,6 @@ def fake_block_mlp(
     first_columns: torch.Tensor,
     first_bias: torch.Tensor | None,
     first_input_permutation: torch.Tensor | None,
-    first_output_permutation: torch.Tensor | None,
     hidden_features: int,
     second_values: torch.Tensor,
     second_row_pointers: torch.Tensor,

@@ -35,7 +35,7 @@ at::Tensor block_linear(
 at::Tensor block_mlp(
     const at::Tensor& x, const at::Tensor& first_values, const at::Tensor& first_row_pointers, const at::Tensor& first_columns,
     const std::optional<at::Tensor>& first_bias, const std::optional<at::Tensor>& first_input_permutation,
-    const std::optional<at::Tensor>& first_output_permutation, int64_t hidden_features, const at::Tensor& second_values,
+    int64_t hidden_features, const at::Tensor& second_values,
     const at::Tensor& second_row_pointers, const at::Tensor& second_columns, const std::optional<at::Tensor>& second_bias,
     const std::optional<at::Tensor>& second_input_permutation, const std::optional<at::Tensor>& second_output_permutation,
     int64_t out_features, std::string_view activation, const std::optional<at::Tensor>& residual, int64_t token_tile);

@@ -22,7 +22,7 @@ TORCH_LIBRARY(padst_native, m) {
       tags);
   m.def(
       "block_mlp(Tensor x, Tensor first_values, Tensor first_row_pointers, Tensor first_columns, Tensor? first_bias, "
-      "Tensor? first_input_permutation, Tensor? first_output_permutation, int hidden_features, Tensor second_values, "
+      "Tensor? first_input_permutation, int hidden_features, Tensor second_values, "
       "Tensor second_row_pointers, Tensor second_columns, Tensor? second_bias, Tensor? second_input_permutation, "
       "Tensor? second_output_permutation, int out_features, str activation=\"none\", Tensor? residual=None, "
       "int token_tile=0) -> Tensor",

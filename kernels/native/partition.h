@@ -32,6 +32,12 @@ inline int64_t balanced_tile(int64_t total, int64_t target, int64_t threads) {
   return std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, pieces)));
 }
 
+// The same, of whole multiples of `step` where that takes as many pieces.
+inline int64_t balanced_tile(int64_t total, int64_t target, int64_t threads, int64_t step) {
+  const int64_t tile = balanced_tile(total, target, threads), whole = round_up(tile, step);
+  return ceil_div(total, whole) == ceil_div(total, tile) ? whole : tile;
+}
+
 inline constexpr int64_t kCacheLine = 64;
 
 // Uninitialised memory that starts on a cache line.

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
@@ -69,14 +70,26 @@ inline Vec multiply_subtract(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// 1 / x within 1.1 * 2^-24 of it, for normal x below 2^126 and NaN.
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  // An estimate of 14 bits and a step of Newton's method take a fifth of the time of a division.
+  const __m512 d = reinterpret_cast<__m512>(x), y = _mm512_rcp14_ps(d);
+  return reinterpret_cast<Vec>(_mm512_fmadd_ps(y, _mm512_fnmadd_ps(d, y, _mm512_set1_ps(1.0f)), y));
+#else
+  return 1.0f / x;
+#endif
+}
+
+// Anywhere in memory. A copy of bytes would do, but keeps compilers from leaving arrays of vectors in registers.
+typedef float LooseVec __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
 inline Vec load(const float* source) {
-  Vec v;
-  std::memcpy(&v, source, sizeof v);
-  return v;
+  return *reinterpret_cast<const LooseVec*>(source);
 }
 
 inline void store(Vec v, float* target) {
-  std::memcpy(target, &v, sizeof v);
+  *reinterpret_cast<LooseVec*>(target) = v;
 }
 
 // One lane at a time; the compiler vectorises what it can where no instruction is named below.
@@ -127,6 +140,18 @@ inline void store<c10::BFloat16>(Vec v, c10::BFloat16* target) {
 
 #endif
 
+// What a vector is after it was stored as T.
+template <typename T>
+inline Vec rounded(Vec v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else {
+    T lanes[kLanes];
+    store(v, lanes);
+    return load(lanes);
+  }
+}
+
 // The first `count` lanes; the others are zero.
 template <typename T>
 inline Vec load_some(const T* source, int64_t count) {
@@ -149,5 +174,23 @@ inline void store_some(Vec v, T* target, int64_t count) {
   store(v, lanes);
   std::memcpy(target, lanes, count * sizeof(T));
 }
+
+#if defined(__AVX512F__)
+
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1 << count) - 1);
+}
+
+template <>
+inline Vec load_some<float>(const float* source, int64_t count) {
+  return count >= kLanes ? load(source) : reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(first_lanes(count), source));
+}
+
+template <>
+inline void store_some<float>(Vec v, float* target, int64_t count) {
+  count >= kLanes ? store(v, target) : _mm512_mask_storeu_ps(target, first_lanes(count), reinterpret_cast<__m512>(v));
+}
+
+#endif
 
 }  // namespace padst

@@ -60,11 +60,11 @@ def _native_block_linear(
 @definition("padst_native::block_mlp", "padst_triton::block_mlp")
 def _block_mlp(
     x: Any, first_values: Any, first_row_pointers: Any, first_columns: Any, first_bias: Any, first_input_permutation: Any,
-    first_output_permutation: Any, hidden_features: int, second_values: Any, second_row_pointers: Any, second_columns: Any,
+    hidden_features: int, second_values: Any, second_row_pointers: Any, second_columns: Any,
     second_bias: Any, second_input_permutation: Any, second_output_permutation: Any, out_features: int,
     activation: str = "none", residual: Any = None, token_tile: int = 0,
 ) -> Any:  # fmt: skip
-    first = (first_bias, first_input_permutation, first_output_permutation, hidden_features)
+    first = (first_bias, first_input_permutation, None, hidden_features)
     second = (second_bias, second_input_permutation, second_output_permutation, out_features)
     hidden = _native_block_linear(x, first_values, first_row_pointers, first_columns, *first, activation)
     return _native_block_linear(hidden, second_values, second_row_pointers, second_columns, *second, "none", residual)
