@@ -28,7 +28,11 @@ struct LineProduct {
 };
 
 // Indices of arrays that are to be registers must be known when compiling.
-#define UNROLL _Pragma("GCC unroll 16")
+#if defined(__clang__)
+#define PADST_UNROLL _Pragma("unroll")
+#else
+#define PADST_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // Sums of kTokens tokens and kVectors vectors of outputs, kept in registers. kWhole: all lanes of the last vector exist.
 template <int kTokens, int kVectors, bool kWhole>
@@ -36,27 +40,27 @@ inline void multiply_lines(const LineProduct& p) {
   const int64_t last = kWhole ? kLanes : p.height - (kVectors - 1) * kLanes;
   const auto width = [&](int v) { return kWhole || v + 1 < kVectors ? int64_t{kLanes} : last; };
   Vec sums[kTokens][kVectors];
-  UNROLL for (int t = 0; t < kTokens; ++t) {
-    UNROLL for (int v = 0; v < kVectors; ++v) {
+  PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
+    PADST_UNROLL for (int v = 0; v < kVectors; ++v) {
       sums[t][v] = Vec{};
     }
   }
   for (int64_t k = 0; k < p.depth; ++k) {
     Vec weights[kVectors];
-    UNROLL for (int v = 0; v < kVectors; ++v) {
+    PADST_UNROLL for (int v = 0; v < kVectors; ++v) {
       const float* row = p.weights + k * p.weights_stride + v * kLanes;
       weights[v] = load_some(row, width(v));
       __builtin_prefetch(row + p.depth * p.weights_stride);  // the next block, or nothing
     }
-    UNROLL for (int t = 0; t < kTokens; ++t) {
+    PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
       const Vec input = splat(p.lines[k * kLanes + t]);
-      UNROLL for (int v = 0; v < kVectors; ++v) {
+      PADST_UNROLL for (int v = 0; v < kVectors; ++v) {
         sums[t][v] += input * weights[v];
       }
     }
   }
-  UNROLL for (int t = 0; t < kTokens; ++t) {
-    UNROLL for (int v = 0; v < kVectors; ++v) {
+  PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
+    PADST_UNROLL for (int v = 0; v < kVectors; ++v) {
       float* z = p.z + t * p.z_stride + v * kLanes;
       store_some(p.add ? load_some(z, width(v)) + sums[t][v] : sums[t][v], z, width(v));
     }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "block_matrix.h"
+#include "checks.h"
 #include "line_kernel.h"
 #include "partition.h"
 #include "rows.h"
@@ -28,11 +29,9 @@ class LinePanel {
  public:
   // table: input k of the product is feature table[k] of what is stored.
   LinePanel(const int32_t* table, int64_t features, int64_t tokens)
-      : features_(features), line_of_(features), scratch_(ceil_div(tokens, kLanes) * features * kLanes) {
-    for (int64_t k = 0; k < features; ++k) {
-      line_of_[table[k]] = static_cast<int32_t>(k);
-    }
-  }
+      : features_(features),
+        line_of_(inverse_permutation(table, features, "input_permutation")),
+        scratch_(ceil_div(tokens, kLanes) * features * kLanes) {}
 
   // finish(a vector of one feature, which feature) for features of up to kLanes tokens from `token` on, a multiple of kLanes.
   // rows: [tokens, features.size()], `stride` apart.
@@ -44,7 +43,7 @@ class LinePanel {
     }
     float* group = lines(token);
     const auto put = [&](Vec column, int64_t f) {
-      __builtin_prefetch(group + line_of_[std::min(features.begin + f + 32, features_ - 1)] * kLanes, 1);
+      __builtin_prefetch(group + line_of_[std::min(features.begin + f + kAhead, features_ - 1)] * kLanes, 1);
       padst::store(finish(column, features.begin + f), group + line_of_[features.begin + f] * kLanes);
     };
     int64_t f = 0;
@@ -75,6 +74,8 @@ class LinePanel {
   }
 
  private:
+  static constexpr int64_t kAhead = 32;  // hardware foresees no stores in such an order
+
   float* lines(int64_t token) const {
     return scratch_.data() + token * features_;
   }
