@@ -527,6 +527,10 @@ class TestLoader:
         assert not report.loaded and report.warnings == 1
         assert "there is no C++ compiler" in report.text and "/nonexistent" in report.text and "g++" in report.text
 
+    def test_compiler_with_arguments(self, tmp_path: pathlib.Path) -> None:
+        report = Report.of(run_python(REPORT, tmp_path, CXX="c++ -g"))
+        assert not report.loaded and report.warnings == 1 and "CXX is 'c++ -g'" in report.text and "script" in report.text
+
     def test_nothing_on_path(self, tmp_path: pathlib.Path) -> None:
         report = Report.of(run_python(REPORT, tmp_path, CXX="", PATH=str(tmp_path)))
         assert not report.loaded and report.warnings == 1 and "there is no C++ compiler" in report.text

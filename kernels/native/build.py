@@ -13,7 +13,6 @@ import hashlib
 import os
 import pathlib
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -150,10 +149,11 @@ def _load_library() -> None:
 
 
 def _compiler() -> str:
-    """The path of the C++ compiler that PyTorch's extension builder will call."""
+    """The path of the C++ compiler that PyTorch's extension builder will call; the builder quotes it as one word."""
     command = os.environ.get("CXX", "c++")
-    words = shlex.split(command)
-    path = shutil.which(words[0]) if words else None
+    path = shutil.which(command)
+    if path is None and len(command.split()) > 1:
+        raise _BuildError(f"CXX is {command!r}, but PyTorch's builder takes no arguments there: name a script that passes them")
     if path is None:
         raise _BuildError(f"there is no C++ compiler ({command!r} was not found)")
     return path
