@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+
+from padst_compile.testing.ranks import crashed_in_collective, torchrun
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 
@@ -43,30 +40,11 @@ SCENARIOS = (
 )
 
 
-def torchrun(ranks: int, script: str, *arguments: str, restarts: int = 0) -> str:
-    """What a script writes to stderr, run on so many ranks; fails with it if the script does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return run([*command, f"--max-restarts={restarts}", str(FOLDER / script), *arguments])
-
-
-def run(command: Sequence[str]) -> str:
-    """Run a command in a process group of its own, which is killed as a whole after three minutes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            _, errors = process.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"{' '.join(command)} did not end in time: {process.communicate()[1]}")
-    assert process.returncode == 0, errors
-    return errors
-
-
 @functools.cache
 def results(ranks: int) -> dict[str, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
-        torchrun(ranks, "agreement.py", str(file))
+        torchrun(FOLDER / "agreement.py", ranks, file)
         found: dict[str, str | None] = json.loads(file.read_text())
         return found
 
@@ -85,7 +63,44 @@ def test_every_scenario_is_named_here() -> None:
 
 @pytest.mark.slow
 def test_compiled_models_train_as_eager_ones_and_no_update_compiles_anew(tmp_path: Path) -> None:
-    torchrun(2, "compiled.py", str(tmp_path / "results.json"))
+    torchrun(FOLDER / "compiled.py", 2, tmp_path / "results.json")
     found: dict[str, str | None] = json.loads((tmp_path / "results.json").read_text())
     assert found
     assert all(problem is None for problem in found.values()), "\n".join(filter(None, found.values()))
+
+
+STACK = """\
+Fatal Python error: Segmentation fault
+
+Thread 0x00007f16fbdc5b80 (most recent call first):
+  File "{inner}", line 926 in redispatch
+  File "/usr/lib/python3/site-packages/torch/_library/autograd.py", line 43 in redispatch_no_grad
+  File "/usr/lib/python3/site-packages/torch/distributed/_functional_collectives.py", line 143 in wait_tensor
+  File "/home/me/tests/distributed/agreement.py", line 100 in _feed
+"""
+
+
+def test_only_a_crash_inside_a_collective_is_put_down_to_pytorch() -> None:
+    assert crashed_in_collective(STACK.format(inner="/usr/lib/python3/site-packages/torch/_ops.py"))
+    assert not crashed_in_collective(STACK.format(inner="/home/me/padst_compile/kernels/ops.py"))
+    assert not crashed_in_collective(STACK.replace("wait_tensor", "all_reduce"))
+
+
+def test_a_job_that_crashes_elsewhere_fails(tmp_path: Path) -> None:
+    script = tmp_path / "crash.py"
+    script.write_text("import ctypes, faulthandler\nfaulthandler.enable()\nctypes.string_at(0)\n")
+    with pytest.raises(AssertionError, match="Segmentation fault"):
+        torchrun(script, 1)
+
+
+def test_a_job_that_pytorch_crashes_runs_once_more(tmp_path: Path) -> None:
+    script, inner = tmp_path / "crash.py", "/usr/lib/python3/site-packages/torch/_ops.py"
+    script.write_text(
+        "import pathlib, sys\nruns = pathlib.Path(sys.argv[1])\nwith runs.open('a') as file:\n    file.write('+')\n"
+        f"sys.stderr.write({STACK.format(inner=inner)!r})\nsys.exit(len(runs.read_text()) < int(sys.argv[2]))\n"
+    )
+    with pytest.warns(RuntimeWarning, match=r"crash\.py.*runs again"):
+        torchrun(script, 1, tmp_path / "twice", 2)
+    with pytest.raises(AssertionError, match="wait_tensor"), pytest.warns(RuntimeWarning):
+        torchrun(script, 1, tmp_path / "never", 3)
+    assert (tmp_path / "twice").read_text() == (tmp_path / "never").read_text() == "++"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from padst_compile.testing.ranks import torchrun
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,28 +20,11 @@ SCRIPT = Path(__file__).parent / "distributed" / "checkpoints.py"
 STEPS = 12
 
 
-def torchrun(ranks: int, *arguments: object, restarts: int = 0) -> str:
-    """What the ranks and torchrun write to stderr; fails if they do."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [f"--max-restarts={restarts}", str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
-    # Otherwise ranks that are restarted find the addresses of those before them in torchrun's store, and wait for the dead.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            _, errors = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"did not end in time: {process.communicate()[1]}")
-    assert process.returncode == 0, errors
-    return errors
-
-
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def unbroken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """How the model is distributed, and the weights that two ranks come to in one go."""
     folder = tmp_path_factory.mktemp("unbroken")
-    torchrun(2, folder / "checkpoint", request.param, STEPS, folder / "weights.safetensors")
+    torchrun(SCRIPT, 2, folder / "checkpoint", request.param, STEPS, folder / "weights.safetensors")
     return request.param, folder / "weights.safetensors"
 
 
@@ -63,7 +45,7 @@ def assert_alike(one: Path, other: Path, tolerance: float) -> None:
 def test_another_number_of_ranks_goes_on(unbroken: tuple[str, Path], tmp_path: Path) -> None:
     kind, expected = unbroken
     for ranks, end in ((2, 4), (1, 8), (4, STEPS)):
-        torchrun(ranks, tmp_path / "checkpoint", kind, end, tmp_path / "weights.safetensors")
+        torchrun(SCRIPT, ranks, tmp_path / "checkpoint", kind, end, tmp_path / "weights.safetensors")
     # Sums over ranks round otherwise: in float64 that is 1e-16 of weights of about 1, which AdamW's ratio may enlarge.
     assert_alike(expected, tmp_path / "weights.safetensors", 1e-9)
 
@@ -71,6 +53,6 @@ def test_another_number_of_ranks_goes_on(unbroken: tuple[str, Path], tmp_path: P
 def test_a_rank_dies_and_the_restarted_training_ends_alike(unbroken: tuple[str, Path], tmp_path: Path) -> None:
     """The last rank is killed in step 8, while permutations are soft; torchrun starts all ranks again, from step 5."""
     kind, expected = unbroken
-    errors = torchrun(2, tmp_path / "checkpoint", kind, STEPS, tmp_path / "weights.safetensors", 8, restarts=1)
+    errors = torchrun(SCRIPT, 2, tmp_path / "checkpoint", kind, STEPS, tmp_path / "weights.safetensors", 8, restarts=1)
     assert f"exitcode: -{int(signal.SIGKILL)}" in errors
     assert_alike(expected, tmp_path / "weights.safetensors", 0.0)
