@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline report mutants docs fuzz clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline report mutants docs fuzz sanitize clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -24,6 +24,9 @@ test: $(VENV)/.installed-test ## the tests
 
 fuzz: $(VENV)/.installed-test ## nonsense in files and index tensors, many examples, others each time (FUZZ_ARGS='-k index')
 	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q tests/test_fuzz.py $(FUZZ_ARGS)
+
+sanitize: $(VENV)/.installed-test ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	.ci/sanitize $(PY)
 
 test-oldest: ## the tests with the oldest supported torch, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest CONSTRAINT='$(OLDEST_TORCH)' PYTEST_ARGS='$(PYTEST_ARGS)'
