@@ -170,24 +170,23 @@ def input_gradient(
 ) -> torch.Tensor:
     """`padst::structured_input_gradient` for `grad` [tokens, out], see there."""
     shape, product = Shape(grad.shape[1], in_features), _python_product(structure, grad)
-    if product is not None or not isinstance(structure, NM) or not _beats_dense(structure, grad):
+    native_kernel = product is None and _beats_dense(structure, grad)
+    if not native_kernel or isinstance(structure, Diagonal):
         check_indices(structure, topology, shape)
     if _fold_now(structure, shape, grad):
         tables = block_tables(structure, topology, shape)
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return input_gradient(tables.structure, grad, tables.blocks(values), tables.topology, in_features, into, out)
+    if native_kernel and isinstance(structure, Block):
+        around = input_permutation, output_permutation
+        return torch.ops.padst_native.block_input_gradient(grad, values, *topology, in_features, *around)  # type: ignore[no-any-return]  # a tensor
     before, behind = _inverse(output_permutation), _inverse(input_permutation)
-    if product is None and has_native_kernel(structure, grad.device, grad.dtype):
-        # S.T is block-sparse, or a matrix of diagonals, like S: the forward kernel on the transpose.
-        if isinstance(structure, Block):
-            transposed, blocks, index = block_aten.transpose(structure, values, topology, grad.shape[1], in_features)
-            return forward(transposed, grad, blocks, index, None, before, behind, in_features)
-        if isinstance(structure, Diagonal) and _beats_dense(structure, grad):
-            turned, offsets = diagonal_transpose(values, topology, shape)
-            return forward(Diagonal(), grad, turned, offsets, None, before, behind, in_features)
-        if isinstance(structure, NM) and _beats_dense(structure, grad):
-            around = in_features, *native_sizes(structure), before, behind
-            return torch.ops.padst_native.nm_input_gradient(grad, values, *topology, *around)  # type: ignore[no-any-return]  # a tensor
+    if native_kernel and isinstance(structure, Diagonal):  # S.T is a matrix of diagonals, like S: the forward kernel
+        turned, offsets = diagonal_transpose(values, topology, shape)
+        return forward(Diagonal(), grad, turned, offsets, None, before, behind, in_features)
+    if native_kernel and isinstance(structure, NM):
+        sizes = in_features, *native_sizes(structure)
+        return torch.ops.padst_native.nm_input_gradient(grad, values, *topology, *sizes, before, behind)  # type: ignore[no-any-return]  # a tensor
     gradient = (format_of(structure) if product is None else product).input_gradient(
         structure, _permuted(grad, before), values, topology, in_features
     )

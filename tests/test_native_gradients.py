@@ -1,4 +1,4 @@
-"""Gradients on the CPU by the C++ kernels: of the values of blocks, and of the inputs of diagonals by their transpose."""
+"""Gradients on the CPU by the C++ kernels: of the values and inputs of each structure."""
 
 from __future__ import annotations
 
@@ -108,6 +108,64 @@ def test_the_gradient_of_block_values_between_permutations(structure: Block, dty
 
 
 @needs_blocks
+@pytest.mark.usefixtures("poisoned_memory", "threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("structure", [Block(64), Block(16), Block((5, 7)), Block((32, 8))], ids=lambda s: s.to_string())
+def test_the_gradient_of_a_block_layers_inputs(structure: Block, dtype: torch.dtype) -> None:
+    """Whole numbers, on which float32 is exact, and 16-bit floats are after one rounding."""
+    for shape in SHAPES:
+        topology = structure.choose(torch.rand(size(shape)), 0.0 if structure.grid(shape) == (1, 1) else 0.6)
+        values = structure.pack(torch.randint(-3, 4, size(shape)).to(dtype), topology)
+        dense = structure.unpack(values, topology, shape).float()
+        into, out = table(shape.in_features), table(shape.out_features)
+        for tokens in ((0,), (1,), (15,), (2, 33)):
+            grad = torch.randint(-3, 4, (*tokens, shape.out_features)).to(dtype)
+            for before, behind in ((None, None), (None, into), (out, None), (out, into)):
+                found = torch.ops.padst_native.block_input_gradient(grad, values, *topology, shape.in_features, behind, before)
+                inner = (grad if before is None else grad[..., before.long().argsort()]).float() @ dense
+                expected = inner if behind is None else inner[..., behind.long().argsort()]
+                assert torch.equal(found, expected.to(dtype))
+
+
+@needs_blocks
+def test_no_padding_reaches_the_gradient_of_inputs() -> None:
+    """The part of a ragged block beyond the matrix may hold anything."""
+    structure, shape = Block(16), Shape(20, 24)
+    topology = structure.choose(torch.ones(size(shape)), 0.0)
+    weight = torch.randint(-3, 4, size(shape)).float()
+    values = structure.pack(weight, topology)
+    values[~structure.pack(torch.ones(size(shape)), topology).bool()] = torch.nan
+    grad = torch.randint(-3, 4, (5, 20)).float()
+    assert torch.equal(torch.ops.padst_native.block_input_gradient(grad, values, *topology, 24), grad @ weight)
+
+
+@needs_blocks
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.randn(5, 24).half()}, "but values are"),
+        ({"grad": torch.randn(5, 99)}, "row_pointers has"),
+        ({"in_features": 4}, "index outside"),
+        ({"in_features": 0}, "must be positive"),
+        ({"values": torch.randn(3, 4, 8, 2)}, "not interleaved"),
+        ({"input_permutation": torch.zeros(16, dtype=torch.int32)}, "input_permutation.*occurs twice"),
+        ({"output_permutation": torch.zeros(24, dtype=torch.int32)}, "output_permutation.*occurs twice"),
+        ({"output_permutation": torch.arange(16).int()}, "output_permutation.*16 entries for 24"),
+    ],
+)
+def test_wrong_operands_of_the_gradient_of_inputs_are_refused(change: dict[str, object], message: str) -> None:
+    structure = Block(8)
+    row_pointers, columns = structure.choose(torch.eye(24, 16), 0.5)
+    operands: dict[str, object] = {
+        "grad": torch.randn(5, 24), "values": torch.randn(3, 8, 8), "row_pointers": row_pointers, "columns": columns,
+        "in_features": 16,
+    }  # fmt: skip
+    torch.ops.padst_native.block_input_gradient(**operands)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.padst_native.block_input_gradient(**operands | change)
+
+
+@needs_blocks
 def test_padding_gets_no_gradient() -> None:
     """The part of a ragged block beyond the matrix."""
     structure, shape = Block(16), Shape(20, 24)
@@ -154,6 +212,18 @@ def test_opcheck_between_permutations() -> None:
     torch.library.opcheck(
         torch.ops.padst_native.block_value_gradient.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@needs_blocks
+def test_opcheck_of_the_gradient_of_inputs() -> None:
+    structure = Block(8)
+    topology = structure.choose(torch.rand(24, 16), 0.5)
+    values = structure.pack(torch.randn(24, 16), topology)
+    for around in ((), (table(16), table(24))):
+        arguments = (torch.randn(2, 5, 24), values, *topology, 16, *around)
+        torch.library.opcheck(
+            torch.ops.padst_native.block_input_gradient.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @needs_blocks

@@ -46,15 +46,6 @@ class BlockFormat(Format[Block]):
         return gradient
 
 
-def transpose(
-    structure: Block, values: torch.Tensor, topology: Topology, out_features: int, in_features: int
-) -> tuple[Block, torch.Tensor, Topology]:
-    """S [out, in] -> S.T, as structure, values and topology."""
-    row_pointers, columns, order = transposed_index(structure, topology, out_features, in_features)
-    blocks = values[order].transpose(1, 2).contiguous()
-    return Block((structure.columns, structure.rows)), blocks, (row_pointers, columns)
-
-
 def transposed_index(
     structure: Block, topology: Topology, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ def register(library: str) -> None:
     torch.library.register_fake(f"{library}::interleave_blocks", _fake_interleave_blocks)
     torch.library.register_fake(f"{library}::block_linear", fake_block_linear)
     torch.library.register_fake(f"{library}::block_mlp", fake_block_mlp)
+    torch.library.register_fake(f"{library}::block_input_gradient", _fake_block_input_gradient)
     torch.library.register_fake(f"{library}::block_value_gradient", _fake_block_value_gradient)
     torch.library.register_fake(f"{library}::nm_linear", _fake_nm_linear)
     torch.library.register_fake(f"{library}::nm_input_gradient", _fake_nm_input_gradient)
@@ -74,6 +75,18 @@ def fake_block_mlp(
 ) -> torch.Tensor:
     """Of `block_mlp`, in C++ and in Triton."""
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_block_input_gradient(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    row_pointers: torch.Tensor,
+    columns: torch.Tensor,
+    in_features: int,
+    input_permutation: torch.Tensor | None = None,
+    output_permutation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _fake_block_value_gradient(

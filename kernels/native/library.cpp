@@ -28,6 +28,10 @@ TORCH_LIBRARY(padst_native, m) {
       "int token_tile=0) -> Tensor",
       tags);
   m.def(
+      "block_input_gradient(Tensor grad, Tensor values, Tensor row_pointers, Tensor columns, int in_features, "
+      "Tensor? input_permutation=None, Tensor? output_permutation=None) -> Tensor",
+      tags);
+  m.def(
       "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns, "
       "Tensor? input_permutation=None, Tensor? output_permutation=None) -> Tensor",
       tags);
@@ -59,6 +63,7 @@ TORCH_LIBRARY_IMPL(padst_native, CPU, m) {
   m.impl("interleave_blocks", &padst::interleave_blocks);
   m.impl("block_linear", &padst::block_linear);
   m.impl("block_mlp", &padst::block_mlp);
+  m.impl("block_input_gradient", &padst::block_input_gradient);
   m.impl("block_value_gradient", &padst::block_value_gradient);
   m.impl("nm_linear", &padst::nm_linear);
   m.impl("diagonal_linear", &padst::diagonal_linear);
