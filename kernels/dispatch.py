@@ -178,8 +178,10 @@ def input_gradient(
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return input_gradient(tables.structure, grad, tables.blocks(values), tables.topology, in_features, into, out)
     if native_kernel and isinstance(structure, Block):
-        around = input_permutation, output_permutation
-        return torch.ops.padst_native.block_input_gradient(grad, values, *topology, in_features, *around)  # type: ignore[no-any-return]  # a tensor
+        transposed = Block((structure.columns, structure.rows))
+        tuned = token_tile(transposed, grad, values, None, output_permutation, input_permutation, in_features)
+        around = in_features, input_permutation, output_permutation, tuned
+        return torch.ops.padst_native.block_input_gradient(grad, values, *topology, *around)  # type: ignore[no-any-return]  # a tensor
     before, behind = _inverse(output_permutation), _inverse(input_permutation)
     if native_kernel and isinstance(structure, Diagonal):  # S.T is a matrix of diagonals, like S: the forward kernel
         turned, offsets = diagonal_transpose(values, topology, shape)

@@ -347,6 +347,7 @@ class TestArguments:
             (Block(16), lambda layer: layer.topology[1].fill_(-1), "columns holds an index"),
             (Block(16), lambda layer: layer.topology[0][1:-1].fill_(99), "row_pointers"),
             (Block(16), lambda layer: layer.topology[0].add_(1), "row_pointers"),
+            (Block(16), lambda layer: layer.topology[1].fill_(0), "must ascend"),
             (NM(1, 8), lambda layer: layer.topology[0].fill_(8), "offsets"),
             (NM(1, 7), lambda layer: layer.topology[0][:, -1].fill_(6), "offsets"),
             (Diagonal(), lambda layer: layer.topology[0][-1:].fill_(64), "offsets"),

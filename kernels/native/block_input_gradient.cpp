@@ -85,7 +85,7 @@ OptionalTensor inverse_tensor(const OptionalTensor& permutation, int64_t size, c
 
 at::Tensor block_input_gradient(
     const at::Tensor& grad, const at::Tensor& values_in, const at::Tensor& row_pointers, const at::Tensor& columns,
-    int64_t in_features, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation) {
+    int64_t in_features, const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t token_tile) {
   check_operands(grad, values_in, in_features);
   TORCH_CHECK(block_linear_supports(grad.scalar_type()), "block_input_gradient has no micro-kernel for ", grad.scalar_type());
   TORCH_CHECK(!is_interleaved(values_in), "gradients take values as they are trained, not interleaved");
@@ -95,7 +95,8 @@ at::Tensor block_input_gradient(
   const OptionalTensor before = inverse_tensor(output_permutation, s.out_features, "output_permutation");
   const OptionalTensor behind = inverse_tensor(input_permutation, in_features, "input_permutation");
   return block_linear(
-      grad, t.values, t.row_pointers, t.columns, std::nullopt, before, behind, in_features, "none", std::nullopt, std::nullopt, 0);
+      grad, t.values, t.row_pointers, t.columns, std::nullopt, before, behind, in_features, "none", std::nullopt, std::nullopt,
+      token_tile);
 }
 
 }  // namespace padst

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "checks.h"
 #include "partition.h"
@@ -42,6 +43,11 @@ inline BlockMatrix describe_blocks(
       s.row_pointers[0] == 0 && s.blocks() == block_columns.numel(), "row_pointers must run from 0 to the number of blocks");
   for (int64_t r = 0; r < s.block_rows; ++r) {
     TORCH_CHECK(s.row_pointers[r] <= s.row_pointers[r + 1], "row_pointers must not decrease");
+  }
+  for (int64_t r = 0; r < s.block_rows; ++r) {
+    const int32_t *begin = s.block_columns + s.row_pointers[r], *end = s.block_columns + s.row_pointers[r + 1];
+    TORCH_CHECK(
+        std::adjacent_find(begin, end, std::greater_equal<>()) == end, "the columns of a block row must ascend, each at most once");
   }
   return s;
 }

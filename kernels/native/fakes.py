@@ -85,6 +85,7 @@ def _fake_block_input_gradient(
     in_features: int,
     input_permutation: torch.Tensor | None = None,
     output_permutation: torch.Tensor | None = None,
+    token_tile: int = 0,
 ) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 

@@ -43,7 +43,8 @@ at::Tensor block_mlp(
 // The gradient of the inputs of block_linear: grad [.., out_features], and its permutations.
 at::Tensor block_input_gradient(
     const at::Tensor& grad, const at::Tensor& values, const at::Tensor& row_pointers, const at::Tensor& columns,
-    int64_t in_features, const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation);
+    int64_t in_features, const std::optional<at::Tensor>& input_permutation, const std::optional<at::Tensor>& output_permutation,
+    int64_t token_tile);
 
 // The gradient of the values of block_linear: grad [tokens, out_features], x [tokens, in_features], and its permutations.
 at::Tensor block_value_gradient(

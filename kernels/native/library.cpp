@@ -29,7 +29,7 @@ TORCH_LIBRARY(padst_native, m) {
       tags);
   m.def(
       "block_input_gradient(Tensor grad, Tensor values, Tensor row_pointers, Tensor columns, int in_features, "
-      "Tensor? input_permutation=None, Tensor? output_permutation=None) -> Tensor",
+      "Tensor? input_permutation=None, Tensor? output_permutation=None, int token_tile=0) -> Tensor",
       tags);
   m.def(
       "block_value_gradient(Tensor grad, Tensor x, Tensor row_pointers, Tensor columns, int block_rows, int block_columns, "
