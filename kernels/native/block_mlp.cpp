@@ -1,7 +1,8 @@
 // y = block_linear(block_linear(x, S1, activation), S2, residual), the hidden features in cache.
 //
 // A tile of tokens goes through both products before the next begins. Each block row of S1 is finished while its sums are in the
-// L1 cache, and becomes part of the panel that S2 reads, in the order in which S2 reads it.
+// L1 cache, and becomes part of the panel that S2 reads, in the order in which S2 reads it. In float the hidden features are made
+// as lines (line_panel.h): they cost the same wherever they go, and both products are faster than with rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -28,6 +29,16 @@ struct Product {
   void multiply(int64_t block_row, const Inputs& inputs, int64_t tokens, float* sums, int64_t stride) const {
     multiply_block_row(s, blocks, block_row, inputs, tokens, sums, stride);
   }
+  // The same for whole groups of tokens, sums in lines: [groups, height, kLanes].
+  void multiply_to_lines(int64_t block_row, const LineView& inputs, int64_t groups, float* sums) const {
+    const int64_t begin = s.row_pointers[block_row], end = s.row_pointers[block_row + 1], height = s.height(block_row);
+    if (begin == end) {
+      std::fill_n(sums, groups * height * kLanes, 0.0f);
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      inputs.multiply_to_lines(s, s.block_columns[block], groups, height, blocks.block(block), sums, block > begin);
+    }
+  }
 };
 
 // The hidden features of a tile of tokens, rounded to T as in memory, in rows. A permutation gathers them once they are there.
@@ -36,21 +47,28 @@ class HiddenRows {
  public:
   static constexpr int64_t kStep = 1;
 
-  HiddenRows(const BlockMatrix& second, const Epilogue<T>& epilogue, const int32_t* permutation, int64_t tile)
-      : features_(second.in_features),
+  HiddenRows(
+      const Product<C>& first, const BlockMatrix& second, const Epilogue<T>& epilogue, const int32_t* permutation, int64_t tile)
+      : first_(first),
         epilogue_(epilogue),
+        features_(second.in_features),
+        stride_(round_up(first.s.rows, kLanes)),
         direct_(std::is_same_v<T, C> && permutation == nullptr),
+        sums_(tile * stride_),
         rows_(direct_ ? 0 : tile * features_),
         tile_(second, rows_.data(), permutation, tile) {}
 
-  // Some features of all tokens, from their sums in rows `stride` apart.
-  void finish(Range part, int64_t tokens, const float* sums, int64_t stride) {
+  // The outputs of a block row of the first product.
+  template <typename Inputs>
+  void add(int64_t block_row, const Inputs& inputs, int64_t tokens) {
+    first_.multiply(block_row, inputs, tokens, sums_.data(), stride_);
+    const Range part = first_.outputs(block_row);
     for (int64_t t = 0; t < tokens; ++t) {
-      finish_row(sums + t * stride, epilogue_.from(part.begin, 0), part.size(), row(t) + part.begin);
+      finish_row(sums_.data() + t * stride_, epilogue_.from(part.begin, 0), part.size(), row(t) + part.begin);
     }
   }
 
-  // The panel of what was finished.
+  // The panel of all of them.
   const Panel<C>& panel(int64_t tokens) {
     if (!direct_) {
       tile_.load(0, tokens);
@@ -68,38 +86,67 @@ class HiddenRows {
     return rows_.data() + token * features_;
   }
 
-  int64_t features_;
+  const Product<C>& first_;
   Epilogue<T> epilogue_;
+  int64_t features_, stride_;
   bool direct_;
+  Scratch<float> sums_;  // of a block row: [tokens, block rows]
   Scratch<T> rows_;
   TokenTile<T, C> tile_;
 };
 
-// The same in lines: each block row goes to where the second product reads it.
+// The same in lines, from lines: each block row goes to where the second product reads it.
 template <typename T>
 class HiddenLines {
  public:
   static constexpr int64_t kStep = kLanes;
 
-  HiddenLines(const BlockMatrix& second, const Epilogue<T>& epilogue, const int32_t* permutation, int64_t tile)
-      : epilogue_(epilogue), panel_(permutation, second.in_features, tile) {}
+  HiddenLines(
+      const Product<float>& first, const BlockMatrix& second, const Epilogue<T>& epilogue, const int32_t* permutation, int64_t tile)
+      : first_(first),
+        epilogue_(epilogue),
+        panel_(permutation, second.in_features, tile),
+        stride_(round_up(first.s.rows, kLanes)),
+        sums_(round_up(tile, kLanes) * stride_) {}
 
-  void finish(Range part, int64_t tokens, const float* sums, int64_t stride) {
+  void add(int64_t block_row, const LineView& inputs, int64_t tokens) {
+    const int64_t rest = tokens % kLanes, in_lines = rest < kWorthALine ? tokens - rest : round_up(tokens, kLanes);
     with_activation(epilogue_.activation, [&](auto activation) {
       const auto finish = [=, bias = epilogue_.bias](Vec z, int64_t feature) { return rounded<T>(activation(z + bias[feature])); };
-      for (int64_t first = 0; first < tokens; first += kLanes) {
-        panel_.store(sums + first * stride, stride, first, std::min<int64_t>(kLanes, tokens - first), part, finish);
+      add_lines(block_row, inputs, in_lines / kLanes, finish);
+      if (in_lines < tokens) {
+        add_rows(block_row, inputs.from(in_lines), in_lines, rest, finish);
       }
     });
   }
 
-  const LinePanel& panel(int64_t) const {
-    return panel_;
+  LineView panel(int64_t) const {
+    return panel_.view();
   }
 
  private:
+  static constexpr int64_t kWorthALine = 12;  // tokens; fewer are faster as rows, transposed
+
+  template <typename Finish>
+  void add_lines(int64_t block_row, const LineView& inputs, int64_t groups, const Finish& finish) {
+    const Range part = first_.outputs(block_row);
+    first_.multiply_to_lines(block_row, inputs, groups, sums_.data());
+    for (int64_t group = 0; group < groups; ++group) {
+      panel_.store_lines(sums_.data() + group * part.size() * kLanes, group * kLanes, part, finish);
+    }
+  }
+
+  template <typename Finish>
+  void add_rows(int64_t block_row, const LineView& inputs, int64_t token, int64_t tokens, const Finish& finish) {
+    first_.multiply(block_row, inputs, tokens, sums_.data(), stride_);
+    panel_.store(sums_.data(), stride_, token, tokens, first_.outputs(block_row), finish);
+  }
+
+  const Product<float>& first_;
   Epilogue<T> epilogue_;
   LinePanel panel_;
+  int64_t stride_;
+  Scratch<float> sums_;  // of a block row: [groups, block rows, kLanes], or [tokens, block rows]
 };
 
 template <typename Inputs, typename Hidden, typename T, typename C>
@@ -107,18 +154,17 @@ void run(
     const Product<C>& first, const Product<C>& second, const T* x, const int32_t* input_permutation, int64_t total_tokens,
     int64_t token_tile, const Epilogue<T>& between, const int32_t* between_table, const Output<T>& output) {
   const int64_t tile = balanced_tile(total_tokens, token_tile, at::get_num_threads(), std::max(Inputs::kStep, Hidden::kStep));
-  const int64_t first_stride = round_up(first.s.rows, kLanes), stride = sums_stride(second.s);
+  const int64_t stride = sums_stride(second.s);
   at::parallel_for(0, ceil_div(total_tokens, tile), 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
     Inputs inputs(first.s, x, input_permutation, tile);
-    Hidden hidden(second.s, between, between_table, tile);
-    const Scratch<float> sums(tile * std::max(first_stride, stride));
+    Hidden hidden(first, second.s, between, between_table, tile);
+    const Scratch<float> sums(tile * stride);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t start = item * tile, tokens = std::min(tile, total_tokens - start);
       inputs.load(start, tokens);
       for (int64_t row = 0; row < first.s.block_rows; ++row) {
-        first.multiply(row, inputs.panel(), tokens, sums.data(), first_stride);
-        hidden.finish(first.outputs(row), tokens, sums.data(), first_stride);
+        hidden.add(row, inputs.panel(), tokens);
       }
       const auto& panel = hidden.panel(tokens);
       for (int64_t row = 0; row < second.s.block_rows; ++row) {
@@ -129,16 +175,15 @@ void run(
   });
 }
 
-// visit(a tag with the type of hidden features), chosen as tiles of x are.
+// visit(tags with the types of inputs and of hidden features): lines in float, also where no table asks for them.
 template <typename T, typename C, typename Visit>
-void with_hidden(const int32_t* permutation, int64_t tokens, const Visit& visit) {
-  with_tile<T, C>(permutation, tokens, [&](auto tile) {
-    if constexpr (std::is_same_v<decltype(tile), Tag<LineTile<T>>>) {
-      visit(Tag<HiddenLines<T>>{});
-    } else {
-      visit(Tag<HiddenRows<T, C>>{});
+void with_layout(int64_t tokens, const Visit& visit) {
+  if constexpr (kHasLines && std::is_same_v<C, float>) {
+    if (tokens >= kFewTokens) {
+      return visit(Tag<LineTile<T>>{}, Tag<HiddenLines<T>>{});
     }
-  });
+  }
+  visit(Tag<TokenTile<T, C>>{}, Tag<HiddenRows<T, C>>{});
 }
 
 }  // namespace
@@ -146,7 +191,8 @@ void with_hidden(const int32_t* permutation, int64_t tokens, const Visit& visit)
 at::Tensor block_mlp(
     const at::Tensor& x_in, const at::Tensor& first_values_in, const at::Tensor& first_row_pointers,
     const at::Tensor& first_columns, const OptionalTensor& first_bias, const OptionalTensor& first_input_permutation,
-    int64_t hidden_features, const at::Tensor& second_values_in, const at::Tensor& second_row_pointers, const at::Tensor& second_columns, const OptionalTensor& second_bias,
+    int64_t hidden_features, const at::Tensor& second_values_in, const at::Tensor& second_row_pointers,
+    const at::Tensor& second_columns, const OptionalTensor& second_bias,
     const OptionalTensor& second_input_permutation, const OptionalTensor& second_output_permutation, int64_t out_features,
     std::string_view activation, const OptionalTensor& residual, int64_t token_tile) {
   check_operands(x_in, first_values_in, hidden_features);
@@ -174,11 +220,9 @@ at::Tensor block_mlp(
     const Product<C> first(s1, first_values), second(s2, second_values);
     const Output<T> output(y.mutable_data_ptr<T>(), out_features, out_features, epilogue.pointers<T>(), out_table, nullptr);
     const int64_t tokens = x.numel() / s1.in_features, tile = token_tile > 0 ? token_tile : kTokenTile<C>;
-    with_tile<T, C>(in_table, tokens, [&](auto inputs) {
-      with_hidden<T, C>(between_table, tokens, [&](auto between) {
-        run<typename decltype(inputs)::Type, typename decltype(between)::Type>(
-            first, second, x.const_data_ptr<T>(), in_table, tokens, tile, hidden.pointers<T>(), between_table, output);
-      });
+    with_layout<T, C>(tokens, [&](auto inputs, auto between) {
+      run<typename decltype(inputs)::Type, typename decltype(between)::Type>(
+          first, second, x.const_data_ptr<T>(), in_table, tokens, tile, hidden.pointers<T>(), between_table, output);
     });
   });
   return y;
