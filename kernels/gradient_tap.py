@@ -18,11 +18,41 @@ import torch
 class GradientListener(Protocol):
     """Receives the gradient of a layer's dense S, `y = S x`, in one of two forms, once for each backward pass."""
 
-    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """The gradient is `grad.T @ x`, with `grad` `[tokens, out_features]` and `x` `[tokens, in_features]`."""
+    def products(
+        self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> None:
+        """The gradient is `product(grad, x, rows, columns)`."""
 
     def weight(self, gradient: torch.Tensor) -> None:
         """The gradient itself, `[out_features, in_features]`, of a layer that runs dense."""
+
+
+_ROWS_AT_ONCE = 128  # enough for a GEMM, a fraction of a layer
+
+
+def product(
+    grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`(grad.T @ x)[rows][:, columns]`, without a copy of that size, of `grad` or of `x`.
+
+    Args:
+        grad: `[tokens, out_features]`.
+        x: `[tokens, in_features]`.
+        rows: features of `grad`, int32 or int64; None for all of them.
+        columns: features of `x`, likewise.
+
+    Returns:
+        float32 `[rows, columns]`.
+    """
+    if rows is None and columns is None:
+        return (grad.T @ x).float()
+    height = grad.shape[1] if rows is None else len(rows)
+    result = torch.empty(height, x.shape[1] if columns is None else len(columns), device=x.device)
+    for begin in range(0, height, _ROWS_AT_ONCE):
+        part = slice(begin, begin + _ROWS_AT_ONCE)
+        gradient = (grad[:, part] if rows is None else grad[:, rows[part]]).T @ x
+        result[part] = gradient if columns is None else gradient[:, columns]
+    return result
 
 
 # Weak, so that a training that is given up midway leaves nobody behind who listens to memory that others use by then.

@@ -98,8 +98,12 @@ class Heard:
     def __init__(self) -> None:
         self.dense: list[torch.Tensor] = []
 
-    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
-        self.dense.append(grad.T @ x)
+    def products(
+        self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> None:
+        dense = grad.T @ x
+        dense = dense if rows is None else dense[rows.long()]
+        self.dense.append(dense if columns is None else dense[:, columns.long()])
 
     def weight(self, gradient: torch.Tensor) -> None:
         self.dense.append(gradient)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import padst_compile as padst
 from padst_compile import permutation
@@ -45,8 +46,12 @@ class Heard:
         self.total: torch.Tensor | None = None
         self.calls = 0
 
-    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
-        self.weight(grad.T @ x)
+    def products(
+        self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> None:
+        dense = grad.T @ x
+        dense = dense if rows is None else dense[rows.long()]
+        self.weight(dense if columns is None else dense[:, columns.long()])
 
     def weight(self, gradient: torch.Tensor) -> None:
         self.calls += 1
@@ -293,17 +298,48 @@ def test_reducers_get_the_gradient_and_then_its_magnitudes() -> None:
     assert (listener.seen, listener.poisoned) == (2, 0)
 
 
-def test_sampled_rows_are_those_of_the_gradient_and_others_zero() -> None:
+@pytest.mark.parametrize("permuted", [False, True])
+def test_sampled_rows_are_those_of_the_gradient_and_others_zero(permuted: bool) -> None:
     class Keep:
         def add(self, gradient: torch.Tensor) -> None:
             self.got = gradient.clone()
 
     keep, rows = Keep(), torch.tensor([1, 4, 15])
     grad, x = integers(5, 16), integers(5, 24, seed=1)
-    DenseGradient(Shape(16, 24), (), (keep,), rows).products(grad, x)
+    around = (torch.randperm(16), torch.randperm(24)) if permuted else (None, None)
+    DenseGradient(Shape(16, 24), (), (keep,), rows).products(grad, x, *around)
+    whole = (grad.T @ x).float()
     expected = torch.zeros(16, 24)
-    expected[rows] = (grad.T @ x).float()[rows]
+    expected[rows] = (whole if around[0] is None else whole[around[0]][:, around[1]])[rows]
     assert torch.equal(keep.got, expected)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1000])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_permuted_gradient_takes_no_permuted_copy_of_what_it_is_made_of(tokens: int, rows: bool, columns: bool) -> None:
+    operands = integers(tokens, 300), integers(tokens, 200, seed=1)
+    grad, x = (operand.float() for operand in operands)
+    places = {operand.untyped_storage().data_ptr() for operand in (grad, x)}
+
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in places:
+                self.nbytes = max(self.nbytes, result.nbytes)
+            return result
+
+    order, other = torch.randperm(300), torch.randperm(200)
+    with Largest() as largest:
+        got = gradient_tap.product(grad, x, order.int() if rows else None, other.int() if columns else None)
+    exact = operands[0].T @ operands[1]
+    exact = exact[order] if rows else exact
+    assert torch.equal(got.double(), exact[:, other] if columns else exact)
+    assert got.dtype == torch.float32
+    assert largest.nbytes <= max(got.nbytes, 128 * 4 * tokens if rows else 0)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)

@@ -21,6 +21,7 @@ from padst_compile.benchmarking.check import Check, check_compiled
 from padst_compile.benchmarking.models import ModelCase, first_tensor
 from padst_compile.conversion import sparse_layers, sparsify
 from padst_compile.explain import dense_bytes, sparse_bytes
+from padst_compile.kernels import native
 from padst_compile.spec import SparsitySpec
 
 Progress = Callable[[str], None]
@@ -182,7 +183,8 @@ def _candidates(
 
 
 def _start_compiler() -> None:
-    """Compile something small, so that no candidate pays for what Inductor does once per process."""
+    """Compile something small, so that no candidate pays for what Inductor does once per process, nor for the C++ kernels."""
+    native.load()
     with fresh_cache():
         torch.compile(lambda x: torch.tanh(x) + 1)(torch.ones(64))
 

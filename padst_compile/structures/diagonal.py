@@ -10,6 +10,8 @@ import torch
 from padst_compile.errors import StructureMismatchError
 from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, require_positive
 
+_DIAGONALS_AT_ONCE = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Diagonal(Structure):
@@ -58,7 +60,9 @@ class Diagonal(Structure):
     def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
         """See `Structure.unit_totals`."""
         shape = Shape(*scores.shape)
-        totals = self.pack(scores, (torch.arange(_sizes(shape)[1], device=scores.device),)).sum(1)
+        offsets = torch.arange(_sizes(shape)[1], device=scores.device)
+        # In parts, because the positions of all diagonals take four times the memory of the scores.
+        totals = torch.cat([self.pack(scores, (part,)).sum(1) for part in offsets.split(_DIAGONALS_AT_ONCE)])
         return totals.reshape(-1, self.classes(shape)).sum(0, keepdim=True)
 
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:

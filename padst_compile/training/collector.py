@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from padst_compile.kernels import gradient_tap
 from padst_compile.structures import Shape, Structure
 from padst_compile.training.config import UnitScore
 
@@ -45,14 +46,16 @@ class DenseGradient:
         self.shape, self.magnitudes, self.signed, self.rows = shape, tuple(magnitudes), tuple(signed), rows
         self.seen = self.poisoned = 0
 
-    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+    def products(
+        self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> None:
         """See `GradientListener.products`."""
         with torch.no_grad():
             if self.rows is None:
-                self._hand_on((grad.T @ x).float())
+                self._hand_on(gradient_tap.product(grad, x, rows, columns))
                 return
             gradient = torch.zeros(self.shape.out_features, self.shape.in_features, device=x.device)
-            gradient[self.rows] = (grad[:, self.rows].T @ x).float()
+            gradient[self.rows] = gradient_tap.product(grad, x, self.rows if rows is None else rows[self.rows], columns)
             self._hand_on(gradient)
 
     def weight(self, gradient: torch.Tensor) -> None:

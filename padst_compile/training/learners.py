@@ -227,9 +227,11 @@ class _MatrixGradient:
         self.total: torch.Tensor | None = None
         self.poisoned = 0
 
-    def products(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+    def products(
+        self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+    ) -> None:
         """See `GradientListener.products`."""
-        self.weight((grad.T @ x).float())
+        self.weight(gradient_tap.product(grad, x, rows, columns))
 
     def weight(self, gradient: torch.Tensor) -> None:
         """See `GradientListener.weight`."""
