@@ -27,7 +27,7 @@ class GradientListener(Protocol):
         """The gradient itself, `[out_features, in_features]`, of a layer that runs dense."""
 
 
-_ROWS_AT_ONCE = 128  # enough for a GEMM, a fraction of a layer
+_ROWS_AT_ONCE = 32  # enough for a GEMM, a fraction of a layer
 
 
 def product(
@@ -50,8 +50,11 @@ def product(
     result = torch.empty(height, x.shape[1] if columns is None else len(columns), device=x.device)
     for begin in range(0, height, _ROWS_AT_ONCE):
         part = slice(begin, begin + _ROWS_AT_ONCE)
-        gradient = (grad[:, part] if rows is None else grad[:, rows[part]]).T @ x
-        result[part] = gradient if columns is None else gradient[:, columns]
+        gradient = ((grad[:, part] if rows is None else grad[:, rows[part]]).T @ x).float()
+        if columns is None:
+            result[part] = gradient
+        else:
+            torch.index_select(gradient, 1, columns, out=result[part])
     return result
 
 

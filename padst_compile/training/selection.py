@@ -21,16 +21,17 @@ def exchange(active: torch.Tensor, keep: torch.Tensor, grow: torch.Tensor, count
     """
     kept = active & ~smallest(keep, active, count)
     vacancies = active.sum(1) - kept.sum(1)
-    candidates = grow.masked_fill(kept, -torch.inf)
-    ranks = rank(candidates)
-    return kept | (ranks < vacancies[:, None])
+    pools = vacancies.nonzero()[:, 0]  # of N:M's many pools most are full
+    candidates = grow[pools].masked_fill(kept[pools], -torch.inf)
+    kept[pools] |= rank(candidates) < vacancies[pools, None]
+    return kept
 
 
 def smallest(scores: torch.Tensor, among: torch.Tensor, count: int) -> torch.Tensor:
     """Where the `count` smallest scores of `among` lie, over all pools; ties go to the lower position."""
-    flat = scores.masked_fill(~among, torch.inf).flatten()
+    places = among.flatten().nonzero()[:, 0]
     chosen = torch.zeros_like(among).flatten()
-    chosen[torch.sort(flat, stable=True).indices[:count]] = True
+    chosen[places[torch.sort(scores.flatten()[places], stable=True).indices[:count]]] = True
     return chosen.reshape(among.shape)
 
 
