@@ -10,7 +10,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 
 _ROOT = Path(__file__).resolve().parents[1]
-_HERE = "<!-- figures of README -->"
+_HERE, _STUDY = "<!-- figures of README -->", "<!-- accuracy study of README -->"
 _BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
 
 _sources = tempfile.TemporaryDirectory(prefix="padst-docs-")
@@ -27,10 +27,11 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put README's section of figures, which is generated from recorded results, where a page asks for it."""
-    if _HERE not in markdown:
+    """Put README's section of figures, which is generated from recorded results, or a part of it, where a page asks for it."""
+    if _HERE not in markdown and _STUDY not in markdown:
         return markdown
     figures = (_ROOT / "README.md").read_text().partition(_BEGIN)[2].partition(_END)[0]
     if not figures.strip():
         raise ValueError(f"README.md has nothing between {_BEGIN} and {_END}")
-    return markdown.replace(_HERE, figures)
+    _, accuracy, study = figures.partition("**Accuracy, ")
+    return markdown.replace(_HERE, figures).replace(_STUDY, accuracy + study)

@@ -220,6 +220,7 @@ def train(
     ablation: Annotated[
         float | None, typer.Option(help="SRigL's: give up outputs of N:M layers less salient than that")
     ] = None,
+    deadline: Annotated[float, typer.Option(help="fraction of the steps after which learned permutations are hard")] = 0.5,
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps in all")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="images or windows of text of a step")] = 64,
     lr: Annotated[float, typer.Option(help="highest learning rate of AdamW")] = 1e-3,
@@ -247,8 +248,9 @@ def train(
     console = Console(width=None if sys.stdout.isatty() else 200)
     with _errors():
         sparse = SparseTraining(
-            structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end, ablation
-        )
+            structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end, ablation,
+            deadline,
+        )  # fmt: skip
         specification, dst = sparse.resolve(steps=steps, seed=seed)
         config = TrainConfig(
             model,

@@ -87,11 +87,11 @@ def test_files_of_another_kind_are_refused() -> None:
 
 
 def test_short_names_stand_for_specification_and_training() -> None:
-    spec, dst = SparseTraining("nm:1:4", permutation="autoshuffle", method="set", interval=7, targets=("*.mlp.*",)).resolve(
-        steps=90, seed=3
-    )
+    short = SparseTraining("nm:1:4", None, "autoshuffle", targets=("*.mlp.*",), method="set", interval=7, deadline=0.2)
+    spec, dst = short.resolve(steps=90, seed=3)
     assert spec == padst.SparsitySpec(padst.NM(1, 4), permutation="learned", targets=("*.mlp.*",), seed=3)
-    assert dst == DSTConfig("set", interval=7, total_steps=90, permutation=LearnedPermutation("autoshuffle"), seed=3)
+    learned = LearnedPermutation("autoshuffle", deadline=0.2)
+    assert dst == DSTConfig("set", interval=7, total_steps=90, permutation=learned, seed=3)
     spec, dst = SparseTraining("diagonal", permutation="random", method="none", foldable=True).resolve(steps=90, seed=0)
     assert spec == padst.SparsitySpec(padst.Diagonal(), 0.9, permutation="random", permutation_group="foldable") and dst is None
     assert SparseTraining("dense").resolve(steps=90, seed=0) == (None, None)

@@ -126,6 +126,9 @@ def methods() -> Iterator[Method]:
         yield Method(f"{structure} static", SparseTraining(structure=structure, method="static"))
         for permutation in _PERMUTATIONS:
             yield Method(f"{structure} {permutation}", SparseTraining(structure=structure, permutation=permutation))
+        for permutation in ("autoshuffle", "sinkhorn_ste"):  # whether they would do better in less of the training
+            training = SparseTraining(structure=structure, permutation=permutation, deadline=0.1)
+            yield Method(f"{structure} {permutation} early", training)
     for n, m in ((1, 5), (1, 10), (1, 20)):
         for vector in ("", ":8"):
             for permutation in _PERMUTATIONS:

@@ -37,6 +37,7 @@ class SparseTraining:
         fraction: of active weights that the first update replaces.
         end: fraction of the training after which the topology stays.
         ablation: with rigl, SRigL's: outputs of N:M layers of which less than this fraction is salient are given up.
+        deadline: fraction of the training after which learned permutations are hard, if they were not before.
     """
 
     structure: str = "block:16"
@@ -50,6 +51,7 @@ class SparseTraining:
     fraction: float = 0.3
     end: float = 0.75
     ablation: float | None = None
+    deadline: float = 0.5
 
     def resolve(self, *, steps: int, seed: int) -> tuple[SparsitySpec | None, DSTConfig | None]:
         """Specification and training of a run; both None if it is dense, the latter for method "none".
@@ -93,7 +95,9 @@ class SparseTraining:
         return dataclasses.replace(spec, sparsity=0.0) if self.method in PRUNING else spec
 
     def _training(self, steps: int, seed: int) -> DSTConfig:
-        learned = self.permutation in LEARNED
+        learned = None
+        if self.permutation in LEARNED:
+            learned = LearnedPermutation(method=cast("PermutationMethod", self.permutation), deadline=self.deadline)
         final = _SPARSITY if self.sparsity is None else self.sparsity
         return DSTConfig(
             method=cast("Method", self.method),
@@ -103,6 +107,6 @@ class SparseTraining:
             ablation=self.ablation,
             total_steps=steps,
             final_sparsity=final if self.method in PRUNING else None,
-            permutation=LearnedPermutation(method=cast("PermutationMethod", self.permutation)) if learned else None,
+            permutation=learned,
             seed=seed,
         )
