@@ -32,7 +32,7 @@ class FuseActivation(RewriteRule):
 
     def matches(self, node: fx.Node) -> bool:
         """An activation that the kernels know, of a native product."""
-        return _activation(node) is not None and is_native_linear(_argument(node))
+        return activation_of(node) is not None and is_native_linear(_argument(node))
 
     def why_not(self, node: fx.Node, facts: Context) -> str | None:
         """The activation must be the product's only reader, and the first thing that happens to it."""
@@ -49,15 +49,15 @@ class FuseActivation(RewriteRule):
 
     def rewrite(self, node: fx.Node, facts: Context) -> None:
         """Nothing between the two can matter: the product's result was the activation's alone."""
-        linear, activation = _argument(node), _activation(node)
+        linear, activation = _argument(node), activation_of(node)
         assert isinstance(linear, fx.Node)
         set_arguments(linear, activation=activation)
         node.replace_all_uses_with(linear)
         node.graph.erase_node(node)
 
 
-def _activation(node: fx.Node) -> str | None:
-    """The kernels' name of the function that a node applies."""
+def activation_of(node: fx.Node) -> str | None:
+    """The kernels' name of the function that a node applies, if they know it."""
     if node.op == "call_method":
         return _METHODS.get(str(node.target))
     if node.op != "call_function":

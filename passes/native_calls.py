@@ -11,7 +11,9 @@ from padst_compile.passes.graph import argument
 
 _NAMESPACES = ("padst_native", "padst_triton")
 _BLOCKS = ("padst_native.block_linear.default", "padst_triton.block_linear.default")
+_NM = ("padst_native.nm_linear.default", "padst_triton.nm_linear.default")
 _JOINED = "padst_joined"
+_SECOND_HALF = "padst_second_half"
 _ROW_GATHER = ("padst_native.nm_linear.default", "padst_native.diagonal_linear.default")
 
 
@@ -32,6 +34,11 @@ def is_block_linear(node: object) -> bool:
     return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _BLOCKS
 
 
+def is_nm_linear(node: object) -> bool:
+    """Whether `node` calls a kernel for N:M."""
+    return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _NM
+
+
 def layouts(node: fx.Node) -> tuple[str, ...]:
     """The sides on which a native call keeps its activations feature-major."""
     if not is_row_gather(node):
@@ -48,11 +55,11 @@ def epilogue(node: fx.Node) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """What became of a native call that does not stand alone any more.
+    """What became of a native call that does not stand alone any more, or not as one.
 
     Args:
-        fused: what the call did besides multiplying, and "mlp".
-        reason: why two calls became one; empty for the second of them.
+        fused: what the call did besides multiplying, and "mlp"; of both calls where it became two.
+        reason: why two calls became one, or one two; empty for the second of them.
     """
 
     fused: tuple[str, ...]
@@ -64,7 +71,17 @@ def note_joined(node: fx.Node, reason: str = "") -> None:
     node.meta[_JOINED] = Joined((*epilogue(node), "mlp"), reason)
 
 
+def note_second_half(first: fx.Node, second: fx.Node) -> None:
+    """Remember of a native call which other one computes the second half of its outputs."""
+    first.meta[_SECOND_HALF] = second.name
+
+
 def fate(node: fx.Node) -> Joined:
     """What a call that was native when it was made does besides multiplying, whatever became of it."""
     joined = node.meta.get(_JOINED)
-    return joined if isinstance(joined, Joined) else Joined(epilogue(node) + layouts(node))
+    own = joined if isinstance(joined, Joined) else Joined(epilogue(node) + layouts(node))
+    second = next((other for other in node.graph.nodes if other.name == node.meta.get(_SECOND_HALF)), None)
+    if second is None:
+        return own
+    both = tuple(dict.fromkeys(own.fused + fate(second).fused))
+    return Joined(both, "; ".join(filter(None, (own.reason, "one product for each half of its outputs"))))

@@ -38,6 +38,7 @@ from padst_compile.passes.place_permutations import PlacePermutations
 from padst_compile.passes.recognize_gelu import RecognizeGelu
 from padst_compile.passes.remove_dropout import RemoveDropout
 from padst_compile.passes.sparsify_linears import SparsifyLinears
+from padst_compile.passes.split_gates import SplitGates
 from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
 from padst_compile.registered import record, same_origin
@@ -60,6 +61,7 @@ RULES: tuple[type[Pass], ...] = (
     RemoveDropout,
     RecognizeGelu,
     ChooseKernels,
+    SplitGates,
     FuseActivation,
     FuseGate,
     FuseResidual,

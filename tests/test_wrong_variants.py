@@ -54,6 +54,7 @@ from padst_compile.passes import (
     keep_feature_major,
     labelling,
     place_permutations,
+    split_gates,
     tanh_gate,
     unfold_patches,
 )
@@ -603,6 +604,23 @@ def rows_graph(meet: Callable[[Any, torch.Tensor], torch.Tensor], *expected: str
     return Graph(build, tables, kernels="sparse", dtype=torch.float32, forms=expected)
 
 
+def halves_graph(
+    structure: Any, *expected: str, tables: int = 0, order: torch.Tensor | None = None, read_again: bool = False
+) -> Graph:
+    """A layer whose outputs are the two factors of a gate."""
+
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.up(x)
+        a, b = y.chunk(2, -1)
+        return F.gelu(a) * b + (y[..., :8] if read_again else 0)
+
+    def build() -> nn.Module:
+        side = "input" if order is None else "output"
+        return Net(function, up=sparse(WIDTH, HIDDEN, order, side, structure=structure))
+
+    return Graph(build, tables, kernels="sparse", dtype=torch.float32, forms=expected)
+
+
 def pairs_graph(structure: Any, form: str, dtype: torch.dtype = torch.bfloat16) -> Graph:
     """A block layer whose sizes no block divides."""
     return Graph(
@@ -656,6 +674,11 @@ ROW_GRAPHS: dict[str, Graph] = {
     "a sum with a vector": rows_graph(lambda m, h: h + m.one[0, 0], ""),
     "a product doubled": rows_graph(lambda m, h: h + h, ""),
     "a sum of what another reads": rows_graph(lambda m, h: (h + m.one) * h, ""),
+    "two factors from one layer": halves_graph(ROWS, "activation", "gate"),
+    "two factors from one layer, reordered": halves_graph(ROWS, "activation", "gate", tables=2, order=within(HIDDEN)),
+    "two factors from one layer, mixed": halves_graph(ROWS, "", tables=1, order=random_table(HIDDEN)),
+    "two factors from one layer that is read again": halves_graph(ROWS, "", read_again=True),
+    "two factors whose rows share a choice": halves_graph(padst.NM(1, 2, HIDDEN), ""),
 }
 
 
@@ -675,6 +698,7 @@ BLOCK_GRAPHS: dict[str, Graph] = {
     "two block layers and an activation behind": block_layers(lambda m, h: F.relu(m.middle(h)), "", "activation"),
     "two block layers and a sum between": block_layers(lambda m, h: m.middle(h + m.one), "residual", ""),
     "two block layers and another reader": block_layers(lambda m, h: m.middle(h) / (2 + h.abs()), "", ""),
+    "two factors from one block layer": halves_graph(padst.Block(2), "activation", "gate"),
     "diagonals in classes": Graph(classes_net, 2, lambda: features(2, 3, 32), dtype=torch.float32),
 }
 PAIR_GRAPHS: dict[str, Graph] = {
@@ -752,6 +776,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
     "other values of a layer that runs dense": ("both tables, run dense", lambda m: m.layer.values),
     "another norm weight": ("a norm between permutations", lambda m: m.weight),
     "other values of diagonals in classes": ("diagonals in classes", lambda m: m.layer.values),
+    "another order of two factors": ("two factors from one layer, reordered", lambda m: m.up.permutation),
     "other values of 16-bit blocks": ("16-bit blocks", lambda m: m.layer.values),
 }
 CHANGES = {name: change for name, change in CHANGES.items() if change[0] in GRAPHS}
@@ -1024,7 +1049,7 @@ VARIANTS: Mapping[str, Variant] = {
     "FuseActivation: forgets the one before": Variant(
         fuse_activation.FuseActivation.why_not, "if before:", "if False:", "an activation of an activation"),
     "FuseActivation: one form of GELU": Variant(
-        fuse_activation._activation, 'str(node.kwargs.get("approximate", "none"))', '"none"', "both forms of GELU"),
+        fuse_activation.activation_of, 'str(node.kwargs.get("approximate", "none"))', '"none"', "both forms of GELU"),
     "FuseOperand: other readers get the sum too": Variant(
         fuse_operand.FuseOperand.why_not, "if len(linear.users) != 1:", "if False:", "a sum of what another reads"),
     "FuseOperand: the terms may differ in shape": Variant(
@@ -1033,6 +1058,30 @@ VARIANTS: Mapping[str, Variant] = {
         fuse_residual.FuseResidual.blocked, 'argument(linear, "residual") is None', "True", "a sum of three"),
     "FuseGate: forgets the factor before": Variant(
         fuse_gate.FuseGate.blocked, 'argument(linear, "gate") is not None', "False", "a product of three"),
+    "SplitGates: other readers get a half": Variant(
+        split_gates.SplitGates.why_not, "if len(linear.users) != 1:", "if False:",
+        "two factors from one layer that is read again"),
+    "SplitGates: the halves change places": Variant(
+        split_gates.SplitGates.rewrite, "arguments, pieces, strict", "arguments, pieces[::-1], strict",
+        "two factors from one layer"),
+    "SplitGates: the first rows twice": Variant(
+        split_gates._rows, "(group, 2 * group) if second else (0, group)", "(0, group)", "two factors from one layer"),
+    "SplitGates: the blocks of the whole layer": Variant(
+        split_gates._rows, ", middle, facts)", ", 0, facts)", "two factors from one block layer"),
+    "SplitGates: the first biases twice": Variant(
+        split_gates._outputs, "_cut(bias, first, last, facts)", "_cut(bias, 0, last - first, facts)",
+        "two factors from one layer"),
+    "SplitGates: the order counts from the first half": Variant(
+        split_gates._outputs, "_cut(table, first, last, facts), first, facts)", "_cut(table, first, last, facts), 0, facts)",
+        "two factors from one layer, reordered"),
+    "SplitGates: forgets the order that it assumed": Variant(
+        split_gates._outputs, "facts.assume(table)", "pass", "another order of two factors"),
+    "SplitGates: an order may mix the halves": Variant(
+        split_gates._why_order_stays, "bool((facts.value(table)[:half] < half).all())", "True",
+        "two factors from one layer, mixed"),
+    "SplitGates: rows that share a choice may part": Variant(
+        split_gates._why_rows_stay, "if half % _row_group(linear, facts):", "if False:",
+        "two factors whose rows share a choice"),
     "FuseMlp: others read the hidden features": Variant(
         fuse_mlp.FuseMlp.why_not, "len(first.users) != 1 or ", "", "two block layers and another reader"),
     "FuseMlp: the hidden features are added too": Variant(
