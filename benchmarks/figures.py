@@ -87,7 +87,7 @@ def _training(data: dict[str, Any], source: Path) -> str:
 
 def _steps(data: dict[str, Any], source: Path) -> str:
     rows = [
-        f"| {c['model']} ({_size(c)}) | {c['structure']}, 90 %, {c['permutation']} permutations | {c['dense']:.0f} "
+        f"| {c['model']} ({_size(c)}) | {c['structure']}, 90 %, {_order(c)} | {c['dense']:.0f} "
         f"| {c['sparse']:.0f} | {c['speedup']:.2f}x | {c['update_share']:.2%} | {c['hook_share']:.2%} | {c['memory']:.3f}x |"
         for c in data["cases"]
     ]
@@ -97,6 +97,10 @@ def _steps(data: dict[str, Any], source: Path) -> str:
         "| weights, gradients, AdamW state of the sparse layers against dense |"
     )
     return "\n".join([heading, "", columns, "|-|-|-:|-:|-:|-:|-:|-:|", *rows, ""])
+
+
+def _order(case: dict[str, Any]) -> str:
+    return "no permutations" if case["permutation"] == "none" else f"{case['permutation']} permutations"
 
 
 def _size(case: dict[str, Any]) -> str:
