@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from padst_compile.autotune.effort import Effort
+from padst_compile.autotune.entry import first_of_the_fastest
 from padst_compile.autotune.finding import find
+from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.problem import MlpProblem
 from padst_compile.autotune.search import Run, measured
 from padst_compile.autotune.space import Candidate
@@ -24,11 +27,22 @@ class MlpChoice:
         fused: whether one kernel does.
         reason: a sentence for the user.
         tile: what that kernel is launched with; None for its default.
+        apart_seconds: median time of two kernels, where it was measured.
+        fused_seconds: median time of the best kernel for both, where it was measured.
+        source: where the answer comes from.
     """
 
     fused: bool
     reason: str
     tile: Tile | None = None
+    apart_seconds: float | None = None
+    fused_seconds: float | None = None
+    source: Source = "asked for"
+
+
+Observer = Callable[[MlpProblem, MlpChoice], None]
+
+_observers: list[Observer] = []
 
 
 def choose_mlp(problem: MlpProblem, runs: Callable[[], Mapping[Candidate, Run]], effort: Effort) -> MlpChoice:
@@ -40,13 +54,28 @@ def choose_mlp(problem: MlpProblem, runs: Callable[[], Mapping[Candidate, Run]],
         effort: see `Effort`.
     """
     found = find(problem, lambda: measured(runs(), problem.device, effort), effort)
-    if found is None:
-        return MlpChoice(False, "one kernel for both layers was not measured")
-    seconds = {timing.candidate: timing.seconds for timing in found.entry.timings}
-    winner = found.entry.winner.candidate
-    fused = min(time for candidate, time in seconds.items() if candidate != APART)
-    where = f"at {found.tokens} tokens ({found.source})"
-    if winner == APART:
-        return MlpChoice(False, f"one kernel takes {fused / seconds[APART]:.2f} of the time of two {where}")
-    ratio = seconds[APART] / seconds[winner]
-    return MlpChoice(True, f"in one kernel with the next layer, {ratio:.2f}x faster than two {where}", winner.tile)
+    choice = MlpChoice(False, "one kernel for both layers was not measured") if found is None else _by_measurement(found)
+    for observer in _observers:
+        observer(problem, choice)
+    return choice
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within this, `observer` is told of every choice as it is made."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def _by_measurement(found: Found) -> MlpChoice:
+    entry, where = found.entry, f"at {found.tokens} tokens ({found.source})"
+    (apart,) = (timing for timing in entry.timings if timing.candidate == APART)
+    best = first_of_the_fastest(tuple(timing for timing in entry.timings if timing.candidate != APART))
+    times = apart.seconds, best.seconds, found.source
+    if entry.winner == apart:
+        return MlpChoice(False, f"one kernel takes {best.seconds / apart.seconds:.2f} of the time of two {where}", None, *times)
+    faster = f"{apart.seconds / best.seconds:.2f}x faster than two {where}"
+    return MlpChoice(True, f"in one kernel with the next layer, {faster}", best.candidate.tile, *times)

@@ -177,13 +177,13 @@ def tune(
         layers = sum(1 for _ in sparse_layers(sparse))
         with Progress(console=Console(stderr=True)) as progress, torch.no_grad():
             task = progress.add_task(f"tuning {model}", total=layers)
-            shapes = tune_layers(
+            tuned = tune_layers(
                 sparse, *case.inputs_as(_dtype(dtype)), effort=effort, progress=lambda: progress.advance(task), **case.kwargs
             )
-    console.print(tuning_table(shapes, f"{model}, {dtype}, {effort}"))
-    console.print(f"{sources(shapes)}; kept in {cache_folder() / 'tuning'}", soft_wrap=True)
+    console.print(tuning_table(tuned, f"{model}, {dtype}, {effort}"))
+    console.print(f"{sources(tuned)}; kept in {cache_folder() / 'tuning'}", soft_wrap=True)
     if json_path is not None:
-        result = {"model": model, "effort": effort, "machine": describe_machine(), "shapes": [s.to_dict() for s in shapes]}
+        result = {"model": model, "effort": effort, "machine": describe_machine(), **tuned.to_dict()}
         console.print(f"written to {write_json(result, json_path)}", soft_wrap=True)
     if export is not None:
         results = library().cache.results_of(environment(device).processor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import padst_compile as padst
-from padst_compile.autotune import lookup
+from padst_compile.autotune import lookup, search
+from padst_compile.autotune.mlp_choice import MlpChoice
+from padst_compile.autotune.problem import MlpProblem
+from padst_compile.autotune.space import Candidate
 from padst_compile.cli import app
-from padst_compile.tuning import sources, tune
+from padst_compile.kernels import native
+from padst_compile.tuning import Tuned, TunedPair, sources, tune, tuning_table
 
 VIT = "timm:test_vit"  # a real model of timm's, with 6 layers of 64 features
 
@@ -21,8 +27,6 @@ VIT = "timm:test_vit"  # a real model of timm's, with 6 layers of 64 features
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own for what is measured; the native kernels are loaded before from the shared one."""
-    from padst_compile.kernels import native
-
     native.load()
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
 
@@ -85,28 +89,61 @@ def test_exported_results_can_be_shipped(tmp_path: Path, monkeypatch: pytest.Mon
 def test_layers_of_one_shape_are_tuned_together() -> None:
     ticks: list[None] = []
     with torch.no_grad():
-        shapes = tune(two_shapes(), torch.randn(8, 64), progress=lambda: ticks.append(None))
-    assert [(shape.problem.out_features, shape.layers) for shape in shapes] == [(64, 2), (32, 1)]
+        tuned = tune(two_shapes(), torch.randn(8, 64), progress=lambda: ticks.append(None))
+    assert [(shape.problem.out_features, shape.layers) for shape in tuned.shapes] == [(64, 2), (32, 1)]
     assert len(ticks) == 3
-    assert sources(shapes) == "2 shapes of layers: 2 tuned now"
-    assert sources([]) == "no sparse layer is reached with these inputs"
+    assert sources(tuned).startswith("2 shapes of layers: 2 tuned now")
+    assert sources(Tuned((), ())) == "no sparse layer is reached with these inputs"
+
+
+@pytest.mark.parametrize(("fused", "runs_on"), [(1.0, "one kernel"), (4.0, "two kernels")])
+def test_pairs_of_layers_have_a_row(monkeypatch: pytest.MonkeyPatch, fused: float, runs_on: str) -> None:
+    if not native.supports("block", torch.float32):
+        pytest.skip("needs the native block kernel")
+    seconds = {"apart": 2.0, "fused": fused, "dense": 9.0}
+
+    def race(runs: dict[Candidate, Any], device: str, budget: Any) -> dict[Candidate, float]:
+        return {candidate: seconds.get(candidate.kernel, 1.0) for candidate in runs}
+
+    monkeypatch.setattr(search, "raced_seconds", race)
+    pair = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    model = padst.sparsify(
+        nn.Sequential(pair, nn.LayerNorm(64), copy.deepcopy(pair)), padst.SparsitySpec("block:16", 0.5)
+    ).eval()
+    with torch.no_grad():
+        tuned, again = tune(model, torch.randn(8, 64)), tune(model, torch.randn(8, 64), effort="cached")
+    (found,), (known,) = tuned.pairs, again.pairs
+    assert (found.pairs, found.choice.fused) == (2, runs_on == "one kernel")
+    assert (found.choice.apart_seconds, found.choice.fused_seconds, found.choice.source) == (2.0, fused, "tuned now")
+    assert known.choice.source == "cached"
+    assert sources(again) == "2 shapes of layers: 2 cached; 1 shape of pairs: 1 cached"
+    row = [list(column.cells)[-1] for column in tuning_table(tuned, "a model").columns]
+    assert row[:3] == ["2 x 2", "64 -> 96 -> 64", "block:16x16 block:16x16"]
+    assert row[5:] == ["2000.000", f"{fused * 1e3:.3f}", "", "", runs_on, "default", "tuned now"]
+    assert tuned.to_dict()["pairs"][0]["choice"]["fused_seconds"] == fused
+
+
+def test_pairs_that_were_not_measured_say_so() -> None:
+    problem = MlpProblem("block:16x16 block:16x16", 64, 96, 64, 6144, 8, "float32", "", "cpu", "relu")
+    tuned = Tuned((), (TunedPair(problem, MlpChoice(False, "one kernel for both layers was not measured"), 1),))
+    row = [list(column.cells)[-1] for column in tuning_table(tuned, "a model").columns]
+    assert row[5:] == ["", "", "", "", "two kernels", "default", "not measured"]
 
 
 def test_inference_and_training_are_tuned_apart() -> None:
     model, x = two_shapes(), torch.randn(8, 64)
     with torch.no_grad():
         tune(model, x)
-    shapes = tune(model, x)
-    assert all(shape.problem.training and shape.choice.source == "tuned now" for shape in shapes)
+    tuned = tune(model, x)
+    assert all(shape.problem.training and shape.choice.source == "tuned now" for shape in tuned.shapes)
+    assert not tuned.pairs  # one kernel for two layers has no gradients
 
 
 def test_full_effort_measures_every_tile() -> None:
-    from padst_compile.kernels import native
-
     if not native.supports("block", torch.float32):
         pytest.skip("needs the native block kernel")
     with torch.no_grad():
-        shapes = tune(two_shapes(), torch.randn(200, 64), effort="full")
+        shapes = tune(two_shapes(), torch.randn(200, 64), effort="full").shapes
     launches = [json.loads(path.read_text()) for path in lookup.library().cache.folder.glob("*.json")]
     measured = [
         [candidate["tile"]["tokens"] for candidate in launch["candidates"][1:]]
