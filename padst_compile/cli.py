@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -37,6 +38,7 @@ from padst_compile.spec import SparsitySpec
 from padst_compile.structures import parse
 from padst_compile.tuning import sources, tuning_table
 from padst_compile.tuning import tune as tune_layers
+from padst_compile.user_modules import import_modules
 
 app = typer.Typer(
     help="Permuted structured-sparse linear layers for PyTorch.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -49,7 +51,8 @@ ModelName = Annotated[
     str, typer.Argument(help="timm:NAME, hf:TYPE[,key=value…] or linear:IN:OUT; built from its configuration")
 ]
 StructureName = Annotated[
-    str, typer.Option(help="block:64, block:32x64, nm:1:10, nm:1:10:8, diagonal, diagonal:16, unstructured")
+    str,
+    typer.Option(help="block:64, block:32x64, nm:1:10, nm:1:10:8, diagonal, diagonal:16, unstructured, or a registered one"),
 ]
 Sparsity = Annotated[float | None, typer.Option(help="fraction of zeros; N:M has its own")]
 PermutationName = Annotated[str, typer.Option(help="none, random, kaleidoscope, search or learned")]
@@ -58,6 +61,10 @@ Batch = Annotated[int, typer.Option(min=1, help="images or sequences")]
 Tokens = Annotated[int, typer.Option(min=1, help="length of a sequence; rows for linear:")]
 DtypeName = Annotated[str, typer.Option(help=", ".join(_DTYPES))]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given")]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", help="module to import before, which registers what is named; may be repeated", metavar="MODULE"),
+]
 Targets = Annotated[list[str] | None, typer.Option(help="layers to make sparse, a pattern; may be repeated; all if not given")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="write the result here")]
 Repetitions = Annotated[int, typer.Option(min=1, help="timed calls of each candidate")]
@@ -90,12 +97,14 @@ def bench(
     tokens: Tokens = 256,
     dtype: DtypeName = "float32",
     threads: Threads = None,
+    imports: Imports = None,
     repetitions: Repetitions = 15,
     compare_with: Annotated[str, typer.Option("--compare", help="none: also time the model without permutations")] = "",
     json_path: JsonPath = None,
 ) -> None:
     """Time a sparse model beside the same dense model at its best (torch.compile default and freezing)."""
     with _errors():
+        import_modules(imports or ())
         if compare_with not in ("", "none"):
             raise UnknownFieldError("value of --compare", compare_with, ("none",))
         _set_threads(threads)
@@ -118,6 +127,7 @@ def explain(
     dtype: DtypeName = "float32",
     threads: Threads = None,
     targets: Targets = None,
+    imports: Imports = None,
     json_path: JsonPath = None,
     page: Annotated[Path | None, typer.Option("--html", help="write a page with all of it here")] = None,
     graph: Annotated[
@@ -128,6 +138,7 @@ def explain(
     """Say what the compiler does with each layer and each permutation of a model, and why."""
     console = Console()
     with _errors():
+        import_modules(imports or ())
         _set_threads(threads)
         case = build_model(model, batch=batch, tokens=tokens)
         sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side, targets))
@@ -162,6 +173,7 @@ def tune(
     threads: Threads = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     targets: Targets = None,
+    imports: Imports = None,
     json_path: JsonPath = None,
     export: Annotated[
         Path | None, typer.Option(help="write all results for this device here, as the package ships them in autotune/configs")
@@ -170,6 +182,7 @@ def tune(
     """Measure what runs each layer of a model fastest in inference, and keep it for all later compilations."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     with _errors():
+        import_modules(imports or ())
         _set_threads(threads)
         case = build_model(model, batch=batch, tokens=tokens).on(_device(device))
         sparse = sparsify(case.model.to(_dtype(dtype)), _spec(structure, sparsity, permutation, side, targets))
@@ -211,6 +224,7 @@ def train(
     side: Side = "input",
     foldable: Annotated[bool, typer.Option("--foldable", help="only permutations that cost nothing in this model")] = False,
     targets: Targets = None,
+    imports: Imports = None,
     method: Annotated[
         str, typer.Option(help="rigl, set, mest, magnitude, dynadiag, static, or none: weights alone are trained")
     ] = "rigl",
@@ -247,6 +261,7 @@ def train(
     """Train a sparse model, then compile it and compare. The same command continues a run that was killed."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     with _errors():
+        import_modules(imports or ())
         sparse = SparseTraining(
             structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end, ablation,
             deadline,
@@ -384,7 +399,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except PadstError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
 
 

@@ -133,6 +133,13 @@ class NameTakenError(RegistrationError):
     """A name under which something else is registered, or that this package uses itself."""
 
 
+class ModuleImportError(PadstError, ImportError):
+    """A module given to `--import` that cannot be imported."""
+
+    def __init__(self, module: str, reason: str) -> None:
+        super().__init__(f"--import {module}: {reason}")
+
+
 class NoUnitsError(PadstError, NotImplementedError):
     """A structure that does not say what its units are, where one is needed that does."""
 

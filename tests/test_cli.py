@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,61 @@ def test_doctor_reports_every_topic(tmp_path: Path) -> None:
     findings = json.loads(path.read_text())
     assert {"C++ compiler", "native kernels", "GPU", "Triton", "cache folder"} <= {finding["topic"] for finding in findings}
     assert all(finding["fix"] for finding in findings if finding["status"] == "missing")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with modules of a user's own in it."""
+    shutil.copy(Path(__file__).parents[1] / "docs" / "examples" / "columns.py", tmp_path)
+    (tmp_path / "needs_another.py").write_text("import columns\nimport not_there\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit('[no] reason')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("columns", "needs_another", "leaves"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("fresh_registries", "folder")
+@pytest.mark.parametrize("command", ["explain", "tune"])
+def test_a_structure_of_ones_own_can_be_named(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    layer = (command, "linear:64:32", "--structure", "columns:8", "--sparsity", "0.75", "--tokens", "8", "--threads", "1")
+    result = run(*layer)
+    assert result.exit_code == 2
+    assert "unknown structure 'columns'" in result.output
+    result = run(*layer, "--import", "json", "--import", "columns")
+    assert result.exit_code == 0, result.output
+    assert "columns:8" in result.output
+
+
+@pytest.mark.usefixtures("fresh_registries")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("collumns", "--import collumns: no module of this name is installed or in"),
+        ("columns.more", "no module of this name is installed or in"),
+        ("columns.py", "run padst in the folder of the file, with --import columns"),
+        ("./columns", "run padst in the folder of the file, with --import columns"),
+        ("needs_another", "it raises ModuleNotFoundError: No module named 'not_there'; `python -c 'import needs_another'`"),
+        ("leaves", "it raises SystemExit: [no] reason"),
+    ],
+)
+def test_a_module_that_does_not_import_is_a_mistake(folder: Path, module: str, message: str) -> None:
+    result = run("explain", "linear:64:64", "--structure", "block:16", "--import", module)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.usefixtures("fresh_registries")
+@pytest.mark.parametrize(
+    "command", [("bench", "linear:8:8"), ("tune", "linear:8:8"), ("train", "timm:vit", "data", "--out", "run")]
+)
+def test_every_command_that_takes_a_model_imports(folder: Path, command: tuple[str, ...]) -> None:
+    result = run(*command, "--import", "columns", "--import", "collumns")
+    assert result.exit_code == 2
+    assert "--import collumns: no module of this name" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ LAYERS = (
     "drawing",
     "explanation_page",
     "doctor",
+    "user_modules",
     "cli",
 )
 FOR_TESTS_ALONE = "testing"
