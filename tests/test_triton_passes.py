@@ -11,11 +11,13 @@ import padst_compile as padst
 from padst_compile.kernels import dispatch
 from padst_compile.passes.choose_kernels import ChooseKernels
 from padst_compile.passes.fuse_activation import FuseActivation
+from padst_compile.passes.fuse_gate import FuseGate
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
 from padst_compile.passes.fuse_mlp import FuseMlp
 from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import argument
 from padst_compile.passes.native_calls import is_native_linear
+from padst_compile.passes.split_gates import SplitGates
 from padst_compile.structures import NM, Block, Diagonal, Structure
 from padst_compile.testing.capture import capture
 
@@ -53,6 +55,37 @@ def test_products_run_on_triton_with_their_epilogue(structure: Structure, infere
             assert call.target.namespace == "padst_triton"
             assert argument(call, "activation") == "gelu" and argument(call, "residual") is not None
             assert choose.decisions[0].fused[-2:] == ("activation", "residual")
+        result = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)(x)
+        torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+class Halves(nn.Module):
+    """A layer whose outputs are the two factors of a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.layer(x).chunk(2, dim=-1)
+        return a * F.silu(b)
+
+
+@pytest.mark.parametrize("structure", [Block(16), NM(1, 4)], ids=lambda s: s.to_string())
+def test_each_half_of_a_chunked_product_is_a_triton_kernel(structure: Structure, triton_device: torch.device) -> None:
+    torch.manual_seed(0)
+    sparsity = structure.natural_sparsity() or 0.5
+    model = padst.sparsify(Halves(), padst.SparsitySpec(structure, sparsity)).to(triton_device)
+    x = torch.randn(5, 32, device=triton_device)
+    with torch.no_grad():
+        facts = capture(model, x).context(inference=True)
+        choose = ChooseKernels("sparse")
+        for rule in (choose, SplitGates(), FuseActivation(), FuseGate()):
+            rule.run(facts)
+        facts.module.recompile()
+        calls = [node for node in facts.module.graph.nodes if is_native_linear(node)]
+        assert [call.target.namespace for call in calls] == ["padst_triton"] * 2
+        assert choose.decisions[0].fused[-2:] == ("activation", "gate")
         result = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)(x)
         torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
 
