@@ -3,8 +3,8 @@
 Gated layers that are written as one linear layer, `a, b = proj(x).chunk(2, -1)` and `a * gelu(b)` (timm's GluMlp, diffusers'
 GEGLU, Phi-3's gate_up_proj), multiply two halves of one product. Each half of the rows of S is a product of its own, so that
 `FuseActivation` and `FuseGate`, which it expects behind it, apply one half where the kernel of the other writes its results:
-the wide tensor of both is never written. Which rows a half has must be a cut between block rows, or between groups of rows
-that share a choice (N:M). A diagonal runs through both halves.
+the wide tensor of both is never written. With few tokens that saves less than a second call costs. The cut must lie between
+block rows, or between groups of rows that share a choice (N:M); a diagonal runs through both halves.
 
 Where the cut lies among the blocks is a value of the row pointers, which are watched, and so is a table that reorders the
 outputs of each half. Expects `ChooseKernels` before it, which calls native kernels in inference alone: what runs dense or is
@@ -24,11 +24,12 @@ from padst_compile.passes.base import RewriteRule
 from padst_compile.passes.context import Context
 from padst_compile.passes.fuse_activation import activation_of
 from padst_compile.passes.fuse_gate import FuseGate
-from padst_compile.passes.graph import argument, fake, fake_meta, set_arguments
+from padst_compile.passes.graph import argument, fake, fake_meta, rows, set_arguments
 from padst_compile.passes.native_calls import epilogue, is_block_linear, is_native_linear, is_nm_linear, note_second_half
 
 _aten = torch.ops.aten
 _DIVISIONS = frozenset({"chunk", "split", "tensor_split"})
+_LEAST_TOKENS = 64  # with which the tensor that is not written outweighs a second call
 _Arguments: TypeAlias = Mapping[str, Any]
 
 
@@ -56,6 +57,8 @@ class SplitGates(RewriteRule):
             return f"the kernel applies another {before[-1]} already"
         if not any(map(_is_factor, pieces)):
             return "no half is multiplied by another tensor right away"
+        if rows(fake(linear)) < _LEAST_TOKENS:
+            return f"two kernels cost more than they save with fewer than {_LEAST_TOKENS} tokens"
         return _why_rows_stay(linear, half, facts) or _why_order_stays(linear, half, facts)
 
     def rewrite(self, node: fx.Node, facts: Context) -> None:
@@ -67,7 +70,7 @@ class SplitGates(RewriteRule):
         assert callable(target)
         with graph.inserting_before(linear):
             arguments = [
-                {**_rows(linear, half, second, facts), **_outputs(linear, half, second, facts), "out_features": half}
+                {**_weights(linear, half, second, facts), **_outputs(linear, half, second, facts), "out_features": half}
                 for second in (False, True)
             ]
         with graph.inserting_after(linear):
@@ -143,7 +146,7 @@ def _row_group(linear: fx.Node, facts: Context) -> int:
     return int(facts.value(argument(linear, "values")).shape[2])
 
 
-def _rows(linear: fx.Node, half: int, second: bool, facts: Context) -> _Arguments:
+def _weights(linear: fx.Node, half: int, second: bool, facts: Context) -> _Arguments:
     """The weights of one half."""
     values, group = argument(linear, "values"), half // _row_group(linear, facts)
     if is_nm_linear(linear):

@@ -79,7 +79,7 @@ def unknown_function(_: Any, y: torch.Tensor) -> torch.Tensor:
 def split(model: nn.Module, *shape: int) -> tuple[RuleReport, list[tuple[str, ...]]]:
     """What the pass reports, and what the native calls do once gates are fused; fails if anything is computed otherwise."""
     with torch.no_grad():
-        before = capture(model, torch.randn(*(shape or (2, 5, INPUTS))))
+        before = capture(model, torch.randn(*(shape or (2, 35, INPUTS))))
         facts = before.context(inference=True)
         for before_it in (FuseOutputPermutation(), AbsorbBias(), ChooseKernels("sparse")):
             before_it.run(facts)
@@ -115,7 +115,7 @@ def test_each_half_is_a_product_and_one_applies_the_other(function: Function, ca
 def test_outputs_that_are_reordered_within_each_half(structure: str) -> None:
     model = Gated(geglu, structure, "output")
     model.proj.permutation.copy_(within_halves())
-    report, found = split(model, 3, INPUTS)
+    report, found = split(model, 67, INPUTS)
     assert (report.rewritten, len(found)) == (1, 2)
 
 
@@ -190,10 +190,16 @@ def scaled(_: Any, y: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_what_has_no_two_halves_is_refused(model: Callable[[], nn.Module], reason: str) -> None:
-    report, calls = split(model(), 2, 5, INPUTS)
+    report, calls = split(model(), 2, 35, INPUTS)
     assert report.rewritten == 0
     assert reason in report.refusals[0].reason
     assert len(calls) == 1
+
+
+def test_few_tokens_are_left_to_one_kernel() -> None:
+    (kept, calls), (cut, _) = split(Gated(geglu), 63, INPUTS), split(Gated(geglu), 64, INPUTS)
+    assert kept.refusals[0].reason == "two kernels cost more than they save with fewer than 64 tokens"
+    assert (len(calls), cut.rewritten) == (1, 1)
 
 
 @pytest.mark.parametrize("function", [in_thirds, lambda m, y: y.chunk(2, -1)[1] * 2, lambda m, y: y * F.gelu(y)])
@@ -206,7 +212,7 @@ def test_other_expressions_do_not_match(function: Function) -> None:
 def test_dense_and_trained_layers_stay_whole(policy: Any) -> None:
     torch.manual_seed(0)
     with torch.set_grad_enabled(policy == "measure"):
-        before = capture(Gated(geglu), torch.randn(5, INPUTS))
+        before = capture(Gated(geglu), torch.randn(70, INPUTS))
         facts = before.context(inference=policy == "dense")
         ChooseKernels(policy, "off").run(facts)
         report = SplitGates().run(facts)
@@ -217,7 +223,7 @@ def test_dense_and_trained_layers_stay_whole(policy: Any) -> None:
 def test_changed_tensors_are_noticed(change: str) -> None:
     if not native.supports("block", torch.float32):
         pytest.skip("no kernel for blocks here")
-    model, x = Gated(swiglu, "block:4", "output" if change == "order" else "input"), torch.randn(5, INPUTS)
+    model, x = Gated(swiglu, "block:4", "output" if change == "order" else "input"), torch.randn(70, INPUTS)
     layer = model.proj
     assert isinstance(layer, PermutedSparseLinear)
     if change == "order":
@@ -260,7 +266,7 @@ def test_the_gated_mlps_of_timm_and_transformers_are_three_kernels(
     torch.manual_seed(0)
     sparsity = None if "nm" in structure else 0.5
     model = padst.sparsify(make().eval(), padst.SparsitySpec(structure, sparsity, permutation="random"))
-    x = torch.randn(2, 5, 32)
+    x = torch.randn(2, 35, 32)
     with torch.no_grad():
         (layer,) = [known for known in padst.explain(model, x, options={"kernels": "sparse"}).layers if known.name == name]
         compiled = torch.compile(model, backend=backend, options={"kernels": "sparse", "verify": True}, fullgraph=True)

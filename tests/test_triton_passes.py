@@ -76,7 +76,7 @@ def test_each_half_of_a_chunked_product_is_a_triton_kernel(structure: Structure,
     torch.manual_seed(0)
     sparsity = structure.natural_sparsity() or 0.5
     model = padst.sparsify(Halves(), padst.SparsitySpec(structure, sparsity)).to(triton_device)
-    x = torch.randn(5, 32, device=triton_device)
+    x = torch.randn(65, 32, device=triton_device)
     with torch.no_grad():
         facts = capture(model, x).context(inference=True)
         choose = ChooseKernels("sparse")

@@ -618,7 +618,8 @@ def halves_graph(
         side = "input" if order is None else "output"
         return Net(function, up=sparse(WIDTH, HIDDEN, order, side, structure=structure))
 
-    return Graph(build, tables, kernels="sparse", dtype=torch.float32, forms=expected)
+    inputs = functools.partial(features, 2, 32, WIDTH)
+    return Graph(build, tables, inputs, kernels="sparse", dtype=torch.float32, forms=expected)
 
 
 def pairs_graph(structure: Any, form: str, dtype: torch.dtype = torch.bfloat16) -> Graph:
@@ -1065,9 +1066,9 @@ VARIANTS: Mapping[str, Variant] = {
         split_gates.SplitGates.rewrite, "arguments, pieces, strict", "arguments, pieces[::-1], strict",
         "two factors from one layer"),
     "SplitGates: the first rows twice": Variant(
-        split_gates._rows, "(group, 2 * group) if second else (0, group)", "(0, group)", "two factors from one layer"),
+        split_gates._weights, "(group, 2 * group) if second else (0, group)", "(0, group)", "two factors from one layer"),
     "SplitGates: the blocks of the whole layer": Variant(
-        split_gates._rows, ", middle, facts)", ", 0, facts)", "two factors from one block layer"),
+        split_gates._weights, ", middle, facts)", ", 0, facts)", "two factors from one block layer"),
     "SplitGates: the first biases twice": Variant(
         split_gates._outputs, "_cut(bias, first, last, facts)", "_cut(bias, 0, last - first, facts)",
         "two factors from one layer"),
