@@ -3,6 +3,9 @@
 
 #include <ATen/ops/empty.h>
 
+#include <numeric>
+#include <vector>
+
 #include "checks.h"
 #include "epilogue.h"
 #include "kernels.h"
@@ -95,57 +98,101 @@ struct NmMatrix {
   }
 };
 
-// The transpose of an NmMatrix `s`: its inputs are the outputs of `s`. Every input adds to a few outputs, which wait in L1 while
-// all inputs pass by.
-struct NmTransposed {
-  const NmMatrix& s;
-  int64_t in_features, out_features;
+// The transpose of an NmMatrix as lists: of each row the inputs that it reads, ascending, and their weights. To make them, by
+// counting, takes far less than to add every input of a panel to sums that are scattered over memory.
+class NmTransposed {
+ public:
+  const int64_t in_features, out_features;
 
   static constexpr int64_t kExtraRows = 0;
 
-  explicit NmTransposed(const NmMatrix& s) : s(s), in_features(s.out_features), out_features(s.in_features) {}
+  explicit NmTransposed(const NmMatrix& s)
+      : in_features(s.out_features),
+        out_features(s.in_features),
+        buckets_(ceil_div(in_features, kBucket)),
+        first_(out_features * buckets_ + 1),
+        inputs_(s.out_features * s.slots),
+        weights_(s.out_features * s.slots) {
+    for_each_entry(s, [&](int64_t row, int64_t input, float) { ++first_[bucket(row, input) + 1]; });
+    std::partial_sum(first_.begin(), first_.end(), first_.begin());
+    std::vector<int64_t> next(first_.begin(), first_.end() - 1);
+    for_each_entry(s, [&](int64_t row, int64_t input, float weight) {
+      const int64_t place = next[bucket(row, input)]++;
+      inputs_[place] = static_cast<int32_t>(input);
+      weights_[place] = weight;
+    });
+  }
 
   int64_t chunk_step() const {
-    return in_features;
+    return kBucket;
   }
   int64_t row_step() const {
-    return s.m;
+    return 2;
   }
 
   template <int64_t kTokens>
   void extend(float*) const {}
 
   template <int kWidth>
-  void multiply(const float* panel, Range, Range rows, float* sums) const {
-    constexpr int64_t kTokens = kWidth * kLanes, kWaiting = kChunkBytes * 2 / 3 / (kTokens * int64_t{sizeof(float)});
-    const int64_t step = std::max<int64_t>(1, kWaiting / s.m) * s.m;
-    for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
-      const Range outputs{begin, std::min(begin + step, rows.end)};
-      std::fill_n(sums + outputs.begin * kTokens, outputs.size() * kTokens, 0.0f);
-      for (int64_t input = 0; input < in_features; ++input) {
-        scatter<kWidth>(panel + input * kTokens, input, outputs, sums);
+  void multiply(const float* panel, Range inputs, Range rows, float* sums) const {
+    int64_t row = rows.begin;
+    for (; row + 2 <= rows.end; row += 2) {
+      RowSums<2, kWidth> total(panel);  // one alone waits for the latency of its additions
+      total.start(inputs.begin == 0, sums + row * total.kTokens);
+      const Range one = entries(row, inputs), other = entries(row + 1, inputs);
+      const int64_t both = std::min(one.size(), other.size());
+      for (int64_t i = 0; i < both; ++i) {
+        add(total, 0, one.begin + i);
+        add(total, 1, other.begin + i);
       }
+      add_all(total, 0, {one.begin + both, one.end});
+      add_all(total, 1, {other.begin + both, other.end});
+      total.store_sums(sums + row * total.kTokens);
+    }
+    if (row < rows.end) {
+      RowSums<1, kWidth> total(panel);
+      total.start(inputs.begin == 0, sums + row * total.kTokens);
+      add_all(total, 0, entries(row, inputs));
+      total.store_sums(sums + row * total.kTokens);
     }
   }
 
  private:
-  template <int kWidth>
-  void scatter(const float* source, int64_t input, Range outputs, float* sums) const {
-    Vec values[kWidth];
-    for (int w = 0; w < kWidth; ++w) {
-      values[w] = load(source + w * kLanes);
+  static constexpr int64_t kBucket = 64;  // inputs between two marks in a list
+
+  template <typename Visit>
+  static void for_each_entry(const NmMatrix& s, const Visit& visit) {
+    for (int64_t input = 0; input < s.out_features; ++input) {
+      const int64_t start = input / s.vector * s.slots;
+      s.for_each_slot({0, s.in_features}, [&](int64_t slot, int64_t group) {
+        visit(group + s.offsets[start + slot], input, s.values[(start + slot) * s.vector + input % s.vector]);
+      });
     }
-    const int64_t row_group = input / s.vector;
-    const uint8_t* offset = s.offsets + row_group * s.slots;
-    const float* weights = s.values + row_group * s.slots * s.vector + input % s.vector;
-    s.for_each_slot(outputs, [&](int64_t slot, int64_t group) {
-      float* target = sums + (group + offset[slot]) * kWidth * kLanes;
-      const float weight = weights[slot * s.vector];
-      for (int w = 0; w < kWidth; ++w) {
-        store(load(target + w * kLanes) + weight * values[w], target + w * kLanes);
-      }
-    });
   }
+
+  int64_t bucket(int64_t row, int64_t input) const {
+    return row * buckets_ + input / kBucket;
+  }
+  // What a row reads of some inputs, a range that begins and ends with a bucket.
+  Range entries(int64_t row, Range inputs) const {
+    return {first_[bucket(row, inputs.begin)], first_[row * buckets_ + ceil_div(inputs.end, kBucket)]};
+  }
+
+  template <typename Sums>
+  void add(Sums& total, int r, int64_t entry) const {
+    total.add(r, inputs_[entry], weights_[entry]);
+  }
+  template <typename Sums>
+  void add_all(Sums& total, int r, Range list) const {
+    for (int64_t entry = list.begin; entry < list.end; ++entry) {
+      add(total, r, entry);
+    }
+  }
+
+  int64_t buckets_;
+  std::vector<int64_t> first_;  // of each row and bucket, its first entry
+  std::vector<int32_t> inputs_;
+  std::vector<float> weights_;
 };
 
 // Diagonal o holds W[k, (k + o) % in] (wide, inputs at least as many as outputs) or W[(k + o) % out, k] (tall), k < length.

@@ -1,7 +1,8 @@
 // The gradient of N:M and diagonal weights: for every active weight, the sum over tokens of its output's gradient times its input.
 //
 // Tokens are taken in tiles, turned feature-major: a weight's gradient is then the inner product of two rows. A row of one side
-// stays in registers while it meets the rows of the other that its weights read; those are taken in chunks that stay in L1.
+// stays in registers while it meets the rows of the other that its weights read; those are taken in chunks that stay in L2: in L1
+// there is room for so few that the ends of lists would take longer than the products.
 // Turning them absorbs the permutations.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -17,9 +18,9 @@
 namespace padst {
 namespace {
 
-constexpr int kWidth = 4;                              // vectors of tokens in a tile
+constexpr int kWidth = 8;                              // vectors of tokens in a tile
 constexpr int64_t kTile = kWidth * kLanes;             // tokens in a tile
-constexpr int64_t kChunk = (int64_t{40} << 10) / (kTile * static_cast<int64_t>(sizeof(float)));  // rows that stay in L1
+constexpr int64_t kChunk = (int64_t{160} << 10) / (kTile * static_cast<int64_t>(sizeof(float)));  // rows that stay in L2
 
 // Inner products of rows with others, added to values in memory kLanes at a time.
 class InnerProducts {
