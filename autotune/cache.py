@@ -20,7 +20,7 @@ import platformdirs
 
 from padst_compile.autotune.entry import Entry
 from padst_compile.autotune.keys import Key, relatives
-from padst_compile.files import replace_text
+from padst_compile.files import make_private, replace_text
 
 VERSION = 1
 _LOCK_SECONDS = 600.0  # longer than a search takes
@@ -66,8 +66,8 @@ class Cache:
         self._known[key.name] = entry
         text = json.dumps(stored_form(key.to_dict(), entry), indent=1)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace_text(self.folder / f"{key.name}.json", text + "\n")
+            make_private(self.folder)
+            replace_text(self.folder / f"{key.name}.json", text + "\n", private=True)
         except OSError as error:
             self._warn("", f"measurements are not kept for the next run: {error}")
 
@@ -92,7 +92,7 @@ class Cache:
         with ExitStack() as held:
             try:
                 locks = self.folder / "locks"
-                locks.mkdir(parents=True, exist_ok=True, mode=0o700)
+                make_private(locks)
                 held.enter_context(filelock.FileLock(locks / f"{key.name}.lock", timeout=_LOCK_SECONDS))
             except (OSError, NotImplementedError, filelock.Timeout) as error:
                 self._warn("lock", f"other processes may measure the same: {error}")

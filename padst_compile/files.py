@@ -9,10 +9,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, replacing the file atomically; nothing is left behind where that fails."""
+def make_private(folder: Path) -> None:
+    """Create a folder, and those above it that are missing, for its owner alone, whatever the umask is.
+
+    Raises:
+        OSError: there is no place for it.
+    """
+    for missing in [above for above in reversed(folder.parents) if not above.exists()]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def replace_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write `text` to `path`, replacing the file atomically; nothing is left behind where that fails.
+
+    Args:
+        path: the file.
+        text: all of its content.
+        private: whether its owner alone may read and write it; otherwise the umask decides.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path.name)) as folder:
         draft = Path(folder) / path.name
+        draft.touch(mode=0o600 if private else 0o666)
         draft.write_text(text)
         draft.replace(path)
 

@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import filelock
 import platformdirs
 import torch
 
+from padst_compile.files import make_private
 from padst_compile.kernels.native import fakes
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -164,12 +166,18 @@ def _cache_root() -> pathlib.Path:
     base = os.environ.get("PADST_CACHE_DIR") or platformdirs.user_cache_dir("padst_compile")
     root = pathlib.Path(base) / "native"
     try:
-        root.mkdir(parents=True, mode=0o700, exist_ok=True)
-        status = root.stat()
+        make_private(root)
+        status, above = root.stat(), root.parent.stat()
     except OSError as error:
         raise _BuildError(f"the cache folder {root} cannot be created ({error}); PADST_CACHE_DIR names another") from error
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise _BuildError(f"the cache folder {root} can be written by others; PADST_CACHE_DIR names another")
+    planted = hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022)
+    exchanged = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+    if planted or exchanged:
+        open_to_others = root if planted else root.parent
+        raise _BuildError(
+            f"the cache folder {open_to_others} can be written by others, who could put a library of theirs there; make it "
+            "yours alone (chmod go-w), or let PADST_CACHE_DIR name another"
+        )
     return root
 
 
@@ -220,6 +228,8 @@ def _build(folder: pathlib.Path) -> None:
         published = workspace / "published"
         published.mkdir(mode=0o700)
         (published / _DIGEST).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
+        for file in (library, published / _DIGEST):
+            file.chmod(0o600)  # whatever the umask is; loading asks for no right to execute
         library.replace(published / _LIBRARY)
         shutil.rmtree(folder, ignore_errors=True)
         published.replace(folder)

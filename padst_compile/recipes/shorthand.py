@@ -97,7 +97,7 @@ class SparseTraining:
     def _training(self, steps: int, seed: int) -> DSTConfig:
         learned = None
         if self.permutation in LEARNED:
-            learned = LearnedPermutation(method=cast("PermutationMethod", self.permutation), deadline=self.deadline)
+            learned = LearnedPermutation(method=self.permutation, deadline=self.deadline)
         final = _SPARSITY if self.sparsity is None else self.sparsity
         return DSTConfig(
             method=cast("Method", self.method),
