@@ -96,8 +96,9 @@ def load_checkpoint(
         CheckpointError: there is none, or it is damaged; on all ranks, and nothing has changed.
         ResumeError: it is of another model, optimizer or configuration; on all ranks, and nothing has changed.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
+
+    from padst_compile.training.checkpoint_reader import CheckpointReader
 
     training, error = _Training(model, optimizer, runtime), None
     try:
@@ -109,7 +110,7 @@ def load_checkpoint(
         error = caught
     _raise(training.world.first_error(error))
     with _as_checkpoint_error(f"the checkpoint in {path} is damaged"), _on_purpose_alone():
-        reader, world = FileSystemReader(data), training.world
+        reader, world = CheckpointReader(data), training.world
         load(room, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
     training.load(state, room)
     extra: dict[str, Any] = state["extra"]
@@ -211,10 +212,10 @@ def _read_state(data: Path) -> dict[str, Any]:
 
 def _read_metadata(data: Path) -> dict[str, Any]:
     """Sizes and dtypes of the stored tensors."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from padst_compile.training.checkpoint_reader import CheckpointReader
 
     try:
-        return dict(FileSystemReader(data).read_metadata().state_dict_metadata)
+        return dict(CheckpointReader(data).read_metadata().state_dict_metadata)
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"the checkpoint in {data.parent} is damaged: its index cannot be read ({error})") from error
 

@@ -38,8 +38,10 @@ class CheckpointFolder:
             name = self._pointer.read_text()
         except OSError as error:
             raise CheckpointError(f"there is no checkpoint in {self.path} ({error.strerror}); save one first") from error
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {self._pointer.name} is no text") from error
         data = self.path / name
-        if not name.startswith(_PREFIX) or not data.is_dir():
+        if not name.startswith(_PREFIX) or Path(name).name != name or not data.is_dir():
             raise CheckpointError(f"the checkpoint in {self.path} is damaged: it names {name!r}, which is not there")
         return data
 
