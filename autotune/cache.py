@@ -93,7 +93,7 @@ class Cache:
             try:
                 locks = self.folder / "locks"
                 make_private(locks)
-                held.enter_context(filelock.FileLock(locks / f"{key.name}.lock", timeout=_LOCK_SECONDS))
+                held.enter_context(filelock.FileLock(locks / f"{key.name}.lock", timeout=_LOCK_SECONDS, mode=0o600))
             except (OSError, NotImplementedError, filelock.Timeout) as error:
                 self._warn("lock", f"other processes may measure the same: {error}")
             yield

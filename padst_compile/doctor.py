@@ -14,6 +14,7 @@ import torch
 from padst_compile.autotune.cache import cache_folder
 from padst_compile.autotune.environment import cpu_name
 from padst_compile.benchmarking.machine import cpu_has
+from padst_compile.files import make_private
 from padst_compile.kernels import native
 
 Status: TypeAlias = Literal["ok", "missing", "note"]
@@ -99,7 +100,7 @@ def _triton() -> Finding:
 def _cache() -> Finding:
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(folder)
         writable = os.access(folder, os.W_OK)
     except OSError:
         writable = False

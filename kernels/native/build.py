@@ -141,7 +141,7 @@ def _load_library() -> None:
     if _load_cached(folder):
         return
     try:
-        with filelock.FileLock(root / f"{folder.name}.lock", timeout=_BUILD_SECONDS):
+        with filelock.FileLock(root / f"{folder.name}.lock", timeout=_BUILD_SECONDS, mode=0o600):
             if not _load_cached(folder):
                 _build(folder)
     except filelock.Timeout:
