@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import cast
 
 from padst_compile.autotune.cost_model import layer_seconds
@@ -14,6 +14,7 @@ from padst_compile.autotune.finding import find
 from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.machine import machine
 from padst_compile.autotune.problem import Kernel, LayerProblem
+from padst_compile.autotune.scoped import added
 from padst_compile.autotune.search import Run, tune_layer
 from padst_compile.kernels.launch import Tile
 
@@ -61,14 +62,9 @@ def choose_kernel(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]
     return choice
 
 
-@contextmanager
-def observed(observer: Observer) -> Iterator[None]:
+def observed(observer: Observer) -> AbstractContextManager[None]:
     """Within this, `observer` is told of every choice as it is made."""
-    _observers.append(observer)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
+    return added(_observers, observer)
 
 
 def _by_measurement(problem: LayerProblem, found: Found) -> KernelChoice:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from padst_compile.autotune.effort import Effort
 from padst_compile.autotune.entry import first_of_the_fastest
 from padst_compile.autotune.finding import find
 from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.problem import MlpProblem
+from padst_compile.autotune.scoped import added
 from padst_compile.autotune.search import Run, measured
 from padst_compile.autotune.space import Candidate
 from padst_compile.kernels.launch import Tile
@@ -60,14 +61,9 @@ def choose_mlp(problem: MlpProblem, runs: Callable[[], Mapping[Candidate, Run]],
     return choice
 
 
-@contextmanager
-def observed(observer: Observer) -> Iterator[None]:
+def observed(observer: Observer) -> AbstractContextManager[None]:
     """Within this, `observer` is told of every choice as it is made."""
-    _observers.append(observer)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
+    return added(_observers, observer)
 
 
 def _by_measurement(found: Found) -> MlpChoice:

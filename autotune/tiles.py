@@ -15,6 +15,7 @@ import torch
 from padst_compile.autotune.environment import environment
 from padst_compile.autotune.keys import Key
 from padst_compile.autotune.lookup import Found, library
+from padst_compile.autotune.scoped import added
 from padst_compile.kernels import launch
 from padst_compile.kernels.launch import Chooser, Problem, Tile
 
@@ -57,14 +58,14 @@ def forget() -> None:
 @contextmanager
 def default_tiles() -> Iterator[None]:
     """Within this, every launch gets its default."""
-    with _overridden(lambda problem: None):
+    with added(_overrides, lambda problem: None):
         yield
 
 
 @contextmanager
 def given_tiles(tiles: Mapping[Problem, Tile | None]) -> Iterator[None]:
     """Within this, some launches get these tiles, all others their default; None is the default too."""
-    with _overridden(tiles.get):
+    with added(_overrides, tiles.get):
         yield
 
 
@@ -79,17 +80,8 @@ def recorded() -> Iterator[list[Problem]]:
             problems[problem] = None
             found.append(problem)
 
-    with _overridden(record):
+    with added(_overrides, record):
         yield found
-
-
-@contextmanager
-def _overridden(chooser: Chooser) -> Iterator[None]:
-    _overrides.append(chooser)
-    try:
-        yield
-    finally:
-        _overrides.remove(chooser)
 
 
 launch.set_chooser(tuned_tile)

@@ -218,7 +218,7 @@ def value_gradient(
     if product is None and native_kernel:
         around = input_permutation, output_permutation
         return _native_value_gradient(structure, grad, x, topology, *around).to(values.dtype)
-    grad, x = in_own_order(grad, x, input_permutation, output_permutation)
+    grad, x = _permuted(grad, _inverse(output_permutation)), _permuted(x, input_permutation)
     return (format_of(structure) if product is None else product).value_gradient(structure, grad, x, values, topology)
 
 
@@ -230,13 +230,6 @@ def _python_product(structure: Structure, grad: torch.Tensor) -> TritonProduct |
 
 def _format(structure: Structure, x: torch.Tensor) -> Format[Structure]:
     return registered_kernel(structure, x.device, x.dtype) or format_of(structure)
-
-
-def in_own_order(
-    grad: torch.Tensor, x: torch.Tensor, input_permutation: torch.Tensor | None, output_permutation: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`grad` [tokens, out] and `x` [tokens, in] of a layer in the order of the rows and columns of its S."""
-    return _permuted(grad, _inverse(output_permutation)), _permuted(x, input_permutation)
 
 
 def _permuted(x: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
