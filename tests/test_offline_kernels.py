@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,28 @@ def offline(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_default_tiles_compile_as_recorded(target: str, only: str) -> None:
     result = offline("--first", "--target", target, "--only", only, "--golden", str(GOLDEN))
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+UNRECORDED = "bfloat16 bias+silu+gate"  # compiles fast
+
+
+def test_a_version_of_triton_that_is_not_recorded_is_no_failure_and_is_said_once(tmp_path: Path) -> None:
+    golden = tmp_path / "golden.json"
+    golden.write_text('{"1.0": {"sm_80": {"gone": ""}}}')
+    targets = ["--target", "sm_80", "--target", "sm_90"]
+    arguments = ["--first", *targets, "--only", UNRECORDED, "--only", "block", "--golden", str(golden)]
+    result = offline(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("is not recorded, but 1.0: ") == 1
+    assert "sm_90: 1 kernels, 0 faults, 0 changes" in result.stdout
+    assert json.loads(golden.read_text()) == {"1.0": {"sm_80": {"gone": ""}}}
+
+    assert offline(*arguments, "--record").returncode == 0
+    again = offline(*arguments)
+    assert again.returncode == 0 and "is not recorded" not in again.stdout
+    written = golden.read_text()
+    golden.write_text(written.replace(" registers", "1 registers"))
+    assert offline(*arguments).returncode == 1
 
 
 FAULTY = """
