@@ -44,7 +44,12 @@ class PlaceUnits:
 
 
 def place_units(
-    structure: Structure, topology: Topology, shape: Shape, side: Literal["input", "output"], owner: str = "layer"
+    structure: Structure,
+    topology: Topology,
+    shape: Shape,
+    side: Literal["input", "output"],
+    owner: str = "layer",
+    kept: torch.Tensor | None = None,
 ) -> PlaceUnits:
     """The units of a layer, as seen from its permuted side.
 
@@ -58,6 +63,7 @@ def place_units(
         shape: of its weight.
         side: the permuted side.
         owner: the layer, for the message.
+        kept: 0 where stored values are pruned, shaped like them; None where none are.
 
     Raises:
         StructureMismatchError: an unstructured layer, whose units are no better in one place than in another.
@@ -70,8 +76,10 @@ def place_units(
         )
     rows = structure.rows if isinstance(structure, Block) else structure.vector if isinstance(structure, NM) else 1
     columns = structure.columns if isinstance(structure, Block) else 1
-    ones = torch.ones(shape.out_features, shape.in_features, dtype=torch.uint8, device=topology[0].device)
-    mask = structure.unpack(structure.pack(ones, topology), topology, shape).bool()
+    if kept is None:
+        ones = torch.ones(shape.out_features, shape.in_features, dtype=torch.uint8, device=topology[0].device)
+        kept = structure.pack(ones, topology)
+    mask = structure.unpack(kept, topology, shape).bool()
     active = mask[::rows, ::columns]
     size, lines, places = (shape.in_features, rows, columns) if side == "input" else (shape.out_features, columns, rows)
     group = torch.arange(size, device=mask.device) // places

@@ -417,11 +417,12 @@ class RegroupLearner:
             fraction=self._fraction(step),
             generator=self.trained.generator(self.config.seed, step, "regroup"),
             gain=self.method.gain,
-            sets=_sets(self.trained),
+            sets=_sets(self.trained).masked_fill(self._given_up(), -1),
         )
         order = world.agree(order)
         if not torch.equal(order, torch.arange(order.numel(), device=order.device)):
             reorder_features(layer, self.trained.optimizer, order)
+            self.trained.hold_at_zero()  # what came to a pruned place
 
     def finish(self, world: World) -> None:
         """See `PermutationLearner`; nothing to harden."""
@@ -437,7 +438,14 @@ class RegroupLearner:
         layer = self.trained.layer
         side = layer.config.permuted
         assert side is not None
-        return place_units(self.trained.structure, layer.topology, self.trained.shape, side, self.trained.name)
+        kept = None if self.trained.mask is None else whole(self.trained.mask)
+        return place_units(self.trained.structure, layer.topology, self.trained.shape, side, self.trained.name, kept)
+
+    def _given_up(self) -> torch.Tensor:
+        """Places whose features stay: outputs that ablation gave up, bool `[features]`."""
+        if self.trained.layer.config.permuted == "output":
+            return self.trained.given_up()
+        return torch.zeros(self.trained.shape.in_features, dtype=torch.bool)
 
     def _due(self, step: int) -> bool:
         return step <= self.config.last_update and (step - self.trained.offset) % self._interval == self._interval // 2

@@ -50,7 +50,8 @@ class Runtime:
         updates: of the topology that took place, in all layers.
         skipped: updates left out: all because of NaN or infinite gradients, one layer's because no gradient came from it.
         last_update: what the latest update did to each layer.
-        update_seconds, learning_seconds, hook_seconds: time spent in updates, in learning permutations, and in all hooks.
+        update_seconds, learning_seconds, hook_seconds: time spent in updates, in learning permutations, and in all hooks, since
+            `attach` or the latest `load_state_dict`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Runtime:
         self._reshard, self._newcomers = reshard, newcomers
         self._optimizers, self._grad_scaler = tuple(optimizers), grad_scaler
         self._steps = [0] * len(optimizers)
+        self._timed_from = 0
         pairs = zip(layers, learners, strict=True)
         self._members = [_Member(layer, learner, _gates(layer, config)) for layer, learner in pairs]
         self.updates = self.skipped = 0
@@ -87,6 +89,11 @@ class Runtime:
         return max(self._steps)
 
     @property
+    def timed_steps(self) -> int:
+        """Optimizer steps that the seconds are of: those since `attach` or the latest `load_state_dict`."""
+        return self.step - self._timed_from
+
+    @property
     def layers(self) -> tuple[TrainedLayer, ...]:
         """The sparse layers in training."""
         return tuple(member.trained for member in self._members)
@@ -97,8 +104,12 @@ class Runtime:
         return {member.trained.name: member.learner for member in self._members if member.learner is not None}
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a log: density, exploration, updates, and the state of the permutations."""
-        active = sum(int(layer.active().sum()) / layer.active().numel() * layer.shape.numel for layer in self.layers)
+        """Numbers for a log: density, exploration, updates, and the state of the permutations.
+
+        `density` is that of the active weights. It stays exactly what it was at every update, but for magnitude and dynadiag,
+        which prune, and for ablation: `ablated` counts the outputs that were given up, by which N:M layers are sparser.
+        """
+        active = sum(layer.active_weights() for layer in self.layers)
         explored = [layer.explored for layer in self.layers]
         learners = self.learners.values()
         return {
@@ -107,6 +118,7 @@ class Runtime:
             "exploration": sum(seen / total for seen, total in explored) / len(explored),
             "updates": float(self.updates),
             "skipped_updates": float(self.skipped),
+            "ablated": float(sum(int(layer.given_up().sum()) for layer in self.layers)),
             "dropped": float(sum(update.dropped for update in self.last_update)),
             "grown": float(sum(update.grown for update in self.last_update)),
             "penalty": sum(learner.penalty for learner in learners) / max(1, len(learners)),
@@ -231,6 +243,8 @@ class Runtime:
         self.check(state)
         check_fingerprints(state, self.layers)
         self._steps = list(state["steps"])
+        self._timed_from = self.step
+        self.update_seconds = self.hook_seconds = self.learning_seconds = 0.0
         self.updates, self.skipped = state["updates"], state["skipped"]
         self.last_update = tuple(TopologyUpdate(**update) for update in state["last_update"])
         for member in self._members:

@@ -13,7 +13,7 @@ import torch
 from padst_compile.kernels import gradient_tap
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.permutation_search.exchanges import Exchanges
-from padst_compile.structures import Shape, Structure
+from padst_compile.structures import NM, Shape, Structure
 
 _NO_EXCHANGES = Exchanges(())
 _FINE = 4  # weights to a unit, below which units are fine
@@ -72,6 +72,19 @@ class TrainedLayer:
         """Which units are active, bool `[pools, units]`; pruned ones are not."""
         stored = self.structure.active_units(self.layer.topology, self.shape)
         return stored if self.alive is None else stored & self.alive
+
+    def active_weights(self) -> int:
+        """How many weights its active units hold."""
+        totals = self.structure.unit_totals(torch.ones(self.shape.out_features, self.shape.in_features))
+        return int(totals[self.active().cpu()].sum(dtype=torch.float64))
+
+    def given_up(self) -> torch.Tensor:
+        """Which outputs of S have no active unit left where they had some, bool `[out_features]` on the CPU."""
+        if self.alive is None or not isinstance(self.structure, NM):  # others give up units, not outputs
+            return torch.zeros(self.shape.out_features, dtype=torch.bool)
+        rows, groups = self.structure.groups(self.shape)
+        dead = ~self.alive.cpu().reshape(rows, groups * self.structure.m).any(1)
+        return dead.repeat_interleave(self.structure.vector)[: self.shape.out_features]
 
     def generator(self, seed: int, step: int, purpose: str) -> torch.Generator:
         """Random numbers that depend on these arguments and the layer's name alone, so all ranks draw the same."""
