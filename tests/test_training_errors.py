@@ -145,6 +145,11 @@ def permuted() -> nn.Module:
     return small_model(permutation="learned")
 
 
+def late(method: Any) -> padst.LearnedPermutation:
+    """First acts when learning has ended."""
+    return padst.LearnedPermutation(method=method, interval=22)
+
+
 def on_meta() -> nn.Module:
     return small_model().to("meta")
 
@@ -162,6 +167,13 @@ def on_meta() -> nn.Module:
         (second_refused, sgd, {"method": "dynadiag", "final_sparsity": 0.9}, r"layer '2'.*Diagonal\(\)"),
         (diagonals, sgd, {"method": "dynadiag", "final_sparsity": 0.999}, r"layer '0'.*at most"),
         (small_model, sgd, {"ablation": 0.3}, "N:M"),
+        (
+            permuted,
+            sgd,
+            {"permutation": late("sinkhorn_ste")},
+            r"layer '0' would never learn.*step 11.*step 10.*than 22",
+        ),
+        (permuted, sgd, {"permutation": late("regroup"), "end": 0.5}, r"layer '0' would never learn.*DSTConfig\.end.*step 10"),
         (on_meta, sgd, {}, r"layer '0'.*materialise"),
     ],
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import padst_compile as padst
 from padst_compile.backend import padst as backend
 from padst_compile.layers import PermutedSparseLinear
+from padst_compile.permutation_search.units import PlaceUnits
 from padst_compile.structures import NM, Block, Diagonal, Structure
 from padst_compile.testing.training import STRUCTURES, batch, layers_of, loss_at, small_model
+from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.runtime import Runtime
 
 INTERVAL, END, TOTAL, FRACTION = 3, 0.75, 16, 0.5
@@ -67,6 +69,7 @@ class Reference:
     def __init__(self, weight: torch.Tensor, mask: torch.Tensor, structure: Structure) -> None:
         self.weight = nn.Parameter(weight.clone())
         self.mask = mask
+        self.structure = structure
         self.pools = units(structure, *weight.shape)
 
         self.seen: list[torch.Tensor] = []  # the masked weights of forward passes; they get the dense gradient
@@ -105,6 +108,27 @@ class Reference:
         self.mask = mask.reshape(self.mask.shape)
         self.hold(state)
 
+    def units_at(self, side: Literal["input", "output"]) -> PlaceUnits:
+        """What is active at each place of the permuted side, read off the mask."""
+        match self.structure:
+            case Block():
+                rows, columns = self.structure.rows, self.structure.columns
+            case NM():
+                rows, columns = self.structure.vector, 1
+            case _:
+                rows = columns = 1
+        corners = self.mask[::rows, ::columns]
+        active, lines, places = (corners, rows, columns) if side == "input" else (corners.T, columns, rows)
+        return PlaceUnits(active, torch.arange(active.shape[1] * places) // places, lines, side)
+
+    def move(self, order: torch.Tensor, side: str, state: dict[str, Any]) -> None:
+        """Let the features of a side change places; what lands outside the mask is lost."""
+        with torch.no_grad():
+            for tensor in (self.weight, *state.values()):
+                if isinstance(tensor, torch.Tensor) and tensor.shape == self.mask.shape:
+                    tensor.copy_(tensor[:, order] if side == "input" else tensor[order])
+        self.hold(state)
+
     def hold(self, state: dict[str, Any]) -> None:
         """Zero what is not active, in the weight and in what lies beside it."""
         with torch.no_grad():
@@ -124,8 +148,9 @@ class ReferenceModel(nn.Module):
         self.weights = nn.ParameterList([layer.weight for layer in self.layers])
         self.biases = nn.ParameterList([copy.deepcopy(layer.bias) for layer in sparse])
         self.head = copy.deepcopy(model[4])
-        self.around = [(layer.config.permuted, layer.permutation) for layer in sparse]
-        self.chances: Callable[[int, int, int], torch.Tensor] = lambda layer, step, pools: torch.zeros(0)
+        tables = [None if layer.permutation is None else layer.permutation.clone() for layer in sparse]
+        self.around = [(layer.config.permuted, table) for layer, table in zip(sparse, tables, strict=True)]
+        self.generators: Callable[[int, int, str], torch.Generator] = lambda layer, step, purpose: torch.Generator()
         self.steps: dict[int, int] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,9 +177,28 @@ class ReferenceModel(nn.Module):
                 layer.hold(optimizer.state[layer.weight])
                 if step % INTERVAL == 0 and step <= last:
                     fraction = FRACTION / 2 * (1 + math.cos(math.pi * step / last))
-                    chance = self.chances(number, step, len(layer.pools))
+                    generator = self.generators(number, step, "growth")
+                    chance = torch.rand(len(layer.pools), len(layer.pools[0]), generator=generator)
                     layer.update(self.settings.method, optimizer.state[layer.weight], fraction, chance)
+                learned = self.settings.permutation
+                if learned is not None and step <= last and step % learned.interval == learned.interval // 2:
+                    self.regroup(number, learned, step, last, optimizer.state[layer.weight])
                 layer.seen.clear()
+
+    def regroup(self, number: int, learned: padst.LearnedPermutation, step: int, last: int, state: dict[str, Any]) -> None:
+        """Move features between units by the gradients that the step had; which of them is tested on its own."""
+        layer, (side, table) = self.layers[number], self.around[number]
+        units = layer.units_at(side)
+        gradient = torch.stack([weight.grad.abs() for weight in layer.seen if weight.grad is not None]).sum(0)
+        order = regroup(
+            combine(units.scores(layer.weight.detach().float().abs()), units.scores(gradient.float()), units),
+            units,
+            fraction=learned.fraction / 2 * (1 + math.cos(math.pi * step / last)),
+            generator=self.generators(number, step, "regroup"),
+            gain=learned.gain,
+        )
+        layer.move(order, side, state)
+        self.around[number] = side, table[order] if side == "input" else torch.argsort(order)[table.long()]
 
 
 def dense_of(layer: PermutedSparseLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,21 +256,33 @@ def plain(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: i
 
 
 def compare(
-    structure: str, method: str, make: MakeOptimizers, run: Step = plain, tolerance: float = 1e-8, **spec: Any
+    structure: str,
+    method: str,
+    make: MakeOptimizers,
+    run: Step = plain,
+    tolerance: float = 1e-8,
+    fields: Mapping[str, Any] | None = None,
+    **spec: Any,
 ) -> Runtime:
-    """Train both models and compare losses, weights and masks after every step, and optimizer state at the end."""
-    settings = config(method)
+    """Train both models and compare weights, masks and permutations after every step, and optimizer state at the end.
+
+    Args:
+        structure: of the layers.
+        method: of the training.
+        make: the optimizers.
+        run: one step.
+        tolerance: relative.
+        fields: others of the configuration.
+        spec: fields of the specification.
+    """
+    settings = config(method, **(fields or {}))
     model = small_model(structure, **spec)
     reference = ReferenceModel(model, settings)
     own, others = make(parts_of(model)), make(parts_of(reference))
     runtime = padst.attach(model, own, settings)
     reference.train_with(others)
 
-    def chances(number: int, step: int, pools: int) -> torch.Tensor:
-        generator = runtime.layers[number].generator(settings.seed, step, "growth")
-        return torch.rand(pools, len(reference.layers[number].pools[0]), generator=generator)
-
-    reference.chances = chances
+    reference.generators = lambda number, step, purpose: runtime.layers[number].generator(settings.seed, step, purpose)
     changed = 0
     for step in range(TOTAL):
         run(model, own, step)
@@ -235,6 +291,8 @@ def compare(
             weight, mask = dense_of(layer)
             assert torch.equal(mask, masked.mask), f"step {step}"
             assert torch.allclose(weight, masked.weight, rtol=tolerance, atol=tolerance / 100), f"step {step}"
+        for layer, (_, table) in zip(layers_of(model), reference.around, strict=True):
+            assert table is None or torch.equal(layer.permutation, table.int()), f"step {step}"
         changed += sum(update.dropped for update in runtime.last_update) if runtime.step % INTERVAL == 0 else 0
     assert runtime.updates > 0
     assert changed > 0
@@ -271,6 +329,20 @@ def test_sparse_training_is_masked_dense_training(structure: str, method: str, m
 @pytest.mark.parametrize("structure", ["block:8x4", "nm:2:4:2", "diagonal:4"])
 def test_permuted_layers_too(structure: str, side: str) -> None:
     compare(structure, "rigl", adamw, permutation="random", permutation_side=side)
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("interval", [INTERVAL, 2])  # between updates of the topology; on the steps of some, too
+@pytest.mark.parametrize(("structure", "method"), [("block:8x4", "rigl"), ("nm:1:4", "rigl"), ("diagonal", "mest")])
+def test_features_move_with_their_weights_and_moments(
+    structure: str, method: str, interval: int, side: str, make: MakeOptimizers
+) -> None:
+    """Growth is decided by gradients in the order of features that they were computed in."""
+    learned = padst.LearnedPermutation(method="regroup", interval=interval, fraction=1.0, gain=0.0)
+    spec = {"permutation": "learned", "permutation_side": side}
+    runtime = compare(structure, method, make, fields={"permutation": learned}, **spec)
+    assert not all(torch.equal(layer.start, layer.layer.permutation) for layer in runtime.layers)
 
 
 def accumulating(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:

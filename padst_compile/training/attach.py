@@ -57,7 +57,7 @@ def attach(
     Raises:
         AlreadyAttachedError: a runtime trains these layers already.
         AttachError: no sparse layers, an optimizer that does not hold them, tensor-parallel layers, or a configuration that
-            does not fit.
+            does not fit, such as one under which a permutation would never learn.
     """
     given = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
     optimizers = tuple(_inner(each) for each in given)

@@ -27,7 +27,8 @@ class LearnedPermutation:
         threshold: normalised penalty, in [0, 1), under which a layer's permutation becomes hard.
         warmup: fraction of `total_steps` over which λ rises.
         deadline: fraction of `total_steps` after which every permutation becomes hard.
-        interval: steps between updates of sinkhorn_ste and regroup; None takes that of the topology.
+        interval: steps between updates of sinkhorn_ste and regroup, which come halfway through it; None takes that of the
+            topology, with whose updates they then alternate. Where both fall on one step the topology comes first.
         group: features that may change places with each other under sinkhorn_ste.
         fraction: of the features that regroup may move at first; it falls as the topology's does.
         gain: least relative gain for which regroup moves a feature.

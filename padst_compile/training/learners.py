@@ -22,6 +22,7 @@ from padst_compile.training.permutations.blocks import split
 from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
 from padst_compile.training.rearrange import reorder_features
+from padst_compile.training.schedule import acting_steps
 from padst_compile.training.sharding import local, whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -78,6 +79,18 @@ def _make_learner(trained: TrainedLayer, config: DSTConfig, method: LearnedPermu
             return SinkhornLearner(trained, config, method)
         case "regroup":
             return None if bool((_sets(trained) < 0).all()) else RegroupLearner(trained, config, method)
+
+
+def _acting_steps(trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation, last: int, end: str) -> range:
+    """The steps at which a learner with an interval acts, `last` at the latest, which `end` decides."""
+    interval = method.interval or config.interval
+    acting = acting_steps(interval, trained.offset, last)
+    if not acting:
+        raise AttachError(
+            f"the permutation of layer {trained.name!r} would never learn: {method.method!r} first acts at step {acting.start} "
+            f"and {end} ends it at step {last}; give LearnedPermutation a shorter interval than {interval}, or a later end"
+        )
+    return acting
 
 
 def _sharing(layers: Sequence[TrainedLayer]) -> dict[int, list[TrainedLayer]]:
@@ -268,14 +281,14 @@ class SinkhornLearner:
         permutation = _permutation(trained)
         assert config.total_steps is not None
         self.trained = trained
-        self._interval = method.interval or config.interval
-        self._deadline = int(method.deadline * config.total_steps)
+        deadline = int(method.deadline * config.total_steps)
+        self._acting = _acting_steps(trained, config, method, deadline, "deadline")
         size, exchanges = permutation.numel(), trained.exchanges
         places = [torch.arange(size)] if exchanges is None else exchanges.sets
         self._learner = SinkhornSTE(
             permutation,
             split(places, size, method.group, trained.name),
-            updates=max(1, self._deadline // self._interval),
+            updates=len(self._acting),
             learning_rate=_SINKHORN_RATE * method.learning_rate,
             owner=trained.name,
         )
@@ -292,11 +305,11 @@ class SinkhornLearner:
     def listen_to(self, trained: TrainedLayer, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """The same for one of the layers that learn together."""
         gradient = self._gradients[trained.name] = _BlockGradient(trained, self._learner)
-        return ((), (gradient,)) if self._due(step) else _NOTHING
+        return ((), (gradient,)) if step in self._acting else _NOTHING
 
     def after_step(self, step: int, world: World, loss_scale: float) -> None:
         """See `PermutationLearner`."""
-        if not self._due(step):
+        if step not in self._acting:
             return
         parts = [gradient.total for gradient in self._gradients.values() if gradient.total is not None]
         if world.any(len(parts) < len(self._gradients), self._learner.logits.device):
@@ -317,9 +330,6 @@ class SinkhornLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `PermutationLearner`."""
         self._learner.load_state_dict(state)
-
-    def _due(self, step: int) -> bool:
-        return step <= self._deadline and step % self._interval == 0
 
 
 class _BlockGradient:
@@ -377,10 +387,7 @@ class FollowingLearner:
 
 
 class RegroupLearner:
-    """Moves features to where their units are active; `permutations.regroup` has the method.
-
-    Acts halfway between updates of the topology, so that the two alternate.
-    """
+    """Moves features to where their units are active; `permutations.regroup` has the method."""
 
     penalty = 0.0
     hard = True
@@ -388,7 +395,7 @@ class RegroupLearner:
 
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
         self.trained, self.config, self.method = trained, config, method
-        self._interval = method.interval or config.interval
+        self._acting = _acting_steps(trained, config, method, config.last_update, "DSTConfig.end")
         self._gradient: _LineScores | None = None
         self._units()  # refuses structures that it cannot help
 
@@ -398,12 +405,12 @@ class RegroupLearner:
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """See `PermutationLearner`."""
-        self._gradient = _LineScores(self._units()) if self._due(step) else None
+        self._gradient = _LineScores(self._units()) if step in self._acting else None
         return _NOTHING if self._gradient is None else ((self._gradient,), ())
 
     def after_step(self, step: int, world: World, loss_scale: float) -> None:
         """See `PermutationLearner`."""
-        if self._gradient is None or not self._due(step):
+        if self._gradient is None or step not in self._acting:
             return
         seen, layer = self._gradient.total, self.trained.layer
         if world.any(seen is None, layer.topology[0].device):
@@ -446,9 +453,6 @@ class RegroupLearner:
         if self.trained.layer.config.permuted == "output":
             return self.trained.given_up()
         return torch.zeros(self.trained.shape.in_features, dtype=torch.bool)
-
-    def _due(self, step: int) -> bool:
-        return step <= self.config.last_update and (step - self.trained.offset) % self._interval == self._interval // 2
 
     def _fraction(self, step: int) -> float:
         return self.method.fraction / 2 * (1 + math.cos(math.pi * step / self.config.last_update))

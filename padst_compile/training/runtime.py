@@ -42,8 +42,10 @@ class _Member:
 class Runtime:
     """Trains the sparse layers of a model; made by `padst.attach`, which says how to use it.
 
-    Everything happens in hooks of the optimizers: after a step pruned weights are set back to zero, permutations learn, and
-    the topology is updated when it is due. Then, if the next step needs dense gradients, the runtime begins to listen for them.
+    Everything happens in hooks of the optimizers: after a step pruned weights are set back to zero, the topology is updated
+    when it is due, and permutations learn. Then, if the next step needs dense gradients, the runtime begins to listen for them.
+    Permutations come last because gradients belong to the order of features that they were computed in: had features moved,
+    growth would be decided for others.
 
     Attributes:
         config: as given.
@@ -143,11 +145,11 @@ class Runtime:
                 if member.gates is not None:
                     member.gates.after_step(step, self.world)
                 member.trained.hold_at_zero()
-            self._learn(members, step)
             due = [member for member in members if is_due(step, self.config, member.trained.offset)]
             if due:
                 self._update(due, step)
                 self.update_seconds += time.perf_counter() - began
+            self._learn(members, step)
         self._listen(number)
         self.hook_seconds += time.perf_counter() - began
 
