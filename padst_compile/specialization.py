@@ -1,10 +1,9 @@
 """A compiled graph with constants made from parameters, and the check that keeps them true.
 
 Inference may use parameters at compile time: reordered weights, composed index tables, the knowledge that two
-permutations cancel. Every call checks the few tensors that were used: by identity and version counter, small ones by
-content too. A changed value
-makes the constants anew, in place; a changed permutation that a rewrite relied on gives the program up for one that
-relies on nothing.
+permutations cancel. Every call checks the few tensors that were used: by identity and version counter, small ones on a CPU
+by content too. A changed value makes the constants anew, in place; a changed permutation that a rewrite relied on gives the
+program up for one that relies on nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +91,8 @@ class Specialization:
         return None
 
 
-# Tensors up to this size are compared by content as well: index tables, biases and norm weights, in about a microsecond.
+# Tensors up to this size are compared by content as well: index tables, biases and norm weights, in about a microsecond. Not
+# on other devices: each comparison would be a kernel that the host waits for, and that no CUDA graph can capture.
 _COMPARED_BYTES = 1 << 16
 
 
@@ -107,11 +107,11 @@ class _Seen:
         self._tensor = tensor
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._token = _token(tensor)
-        small = tensor.numel() * tensor.element_size() <= _COMPARED_BYTES
-        self._content = tensor.detach().clone() if small else None
+        compared = tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _COMPARED_BYTES
+        self._content = tensor.detach().clone() if compared else None
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is the same, with the same content: for a large tensor, as far as autograd can tell."""
+        """Whether `tensor` is the same, with the same content: for a large tensor or a device, as far as autograd can tell."""
         if tensor is not self._tensor or _token(tensor) != self._token:
             return False
         return self._content is None or torch.equal(tensor, self._content)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from padst_compile.specialization import Program, Specialization
 
@@ -87,6 +88,38 @@ def test_memory_that_is_freed_and_taken_again_is_told_apart() -> None:
         if weight.data_ptr() == address:
             break
     assert torch.equal(doubling.run(weight), torch.full((1000,), 6.0))
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "comparisons"), [("cpu", 3), ("meta", 0)])
+def test_content_is_compared_on_a_cpu_alone(device: str, comparisons: int) -> None:
+    """On a GPU the host would wait for each comparison, and a CUDA graph could not be captured."""
+    weight, table = nn.Parameter(torch.ones(3, device=device)), torch.arange(3, device=device)
+    doubling = Doubling(weight, attributes=(table, torch.ones(2, device=device)))
+    with Calls() as calls:
+        doubling.run(weight)
+    assert calls.names == comparisons * ["aten::equal"] + ["aten::clone"]
+
+
+def test_a_change_is_seen_where_content_is_not_compared() -> None:
+    weight = nn.Parameter(torch.ones(3, device="meta"))
+    doubling = Doubling(weight)
+    for number, change in enumerate((in_place, in_inference_mode, other_data), start=2):
+        change(weight)
+        for _ in range(2):
+            doubling.run(weight)
+        assert doubling.prepared == number
 
 
 def test_a_replaced_tensor_is_seen() -> None:
