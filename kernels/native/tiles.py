@@ -25,7 +25,7 @@ def tiles(problem: Problem) -> list[Tile]:
 
 
 def usual_tokens(problem: Problem) -> int:
-    """How many tokens the kernel takes by default (`kTokenTile` in `block_linear.cpp`), for reckoning."""
+    """How many tokens the kernel takes by default (`kTokenTile` in `block_product.h`), for reckoning."""
     return 32 if problem.dtype == "float32" else 64
 
 
