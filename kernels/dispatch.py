@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 import torch
 
 from padst_compile.errors import InvalidTopologyError
-from padst_compile.kernels import native, triton_support
+from padst_compile.kernels import native, remembered, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.diagonal.blocks import BlockTables, block_size, block_tables
 from padst_compile.kernels.diagonal.transpose import transpose as diagonal_transpose
@@ -17,7 +17,6 @@ from padst_compile.kernels.formats import Format, format_of, register_format, re
 from padst_compile.kernels.native.tiles import token_tile
 from padst_compile.kernels.permute import gather_features
 from padst_compile.kernels.triton_product import TritonProduct
-from padst_compile.permutation import compose, inverse
 from padst_compile.structures import NM, Block, Diagonal, Shape, Structure, Topology
 
 SparseKernel: TypeAlias = Literal["native", "triton", "registered", "aten"]
@@ -141,7 +140,7 @@ def forward(
         check_indices(structure, topology, Shape(out_features, x.shape[-1]))
     if fold:
         assert isinstance(structure, Diagonal)
-        tables = block_tables(structure, topology, Shape(out_features, x.shape[-1]))
+        tables = _block_tables(structure, topology, Shape(out_features, x.shape[-1]))
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return forward(tables.structure, x, tables.blocks(values), tables.topology, bias, into, out, out_features)
     if kernel in ("native", "triton"):
@@ -174,7 +173,7 @@ def input_gradient(
     if not native_kernel or isinstance(structure, Diagonal):
         check_indices(structure, topology, shape)
     if _fold_now(structure, shape, grad):
-        tables = block_tables(structure, topology, shape)
+        tables = _block_tables(structure, topology, shape)
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         return input_gradient(tables.structure, grad, tables.blocks(values), tables.topology, in_features, into, out)
     if native_kernel and isinstance(structure, Block):
@@ -211,7 +210,7 @@ def value_gradient(
         check_indices(structure, topology, shape)
     if fold:
         assert isinstance(structure, Diagonal)
-        tables = block_tables(structure, topology, shape)
+        tables = _block_tables(structure, topology, shape)
         into, out = _around_blocks(tables, input_permutation, output_permutation)
         gradient = value_gradient(tables.structure, grad, x, tables.blocks(values), tables.topology, into, out)
         return tables.diagonals(gradient).reshape(values.shape)
@@ -237,7 +236,11 @@ def _permuted(x: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
 
 
 def _inverse(permutation: torch.Tensor | None) -> torch.Tensor | None:
-    return None if permutation is None else inverse(permutation)
+    return None if permutation is None else remembered.inverse(permutation)
+
+
+def _block_tables(structure: Diagonal, topology: Topology, shape: Shape) -> BlockTables:
+    return remembered.remembered((block_tables, structure, shape), topology, lambda: block_tables(structure, topology, shape))
 
 
 def _around_blocks(
@@ -245,8 +248,8 @@ def _around_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The permutations of the block product that stands for diagonals: those of the layer and those of the folding."""
     into, out = tables.input_permutation, tables.output_permutation
-    into = into if input_permutation is None else compose(input_permutation, into)
-    return into, out if output_permutation is None else compose(out, output_permutation)
+    into = into if input_permutation is None else remembered.compose(input_permutation, into)
+    return into, out if output_permutation is None else remembered.compose(out, output_permutation)
 
 
 def _beats_dense(structure: Structure, grad: torch.Tensor) -> bool:

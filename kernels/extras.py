@@ -6,9 +6,8 @@ import dataclasses
 
 import torch
 
-from padst_compile.kernels import triton_support
+from padst_compile.kernels import remembered, triton_support
 from padst_compile.kernels.triton_product import check_index, check_like
-from padst_compile.permutation import inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Extras:
 
     def inverse_output_permutation(self) -> torch.Tensor | None:
         """Where each row of S goes in the outputs."""
-        return None if self.output_permutation is None else inverse(self.output_permutation)
+        return None if self.output_permutation is None else remembered.inverse(self.output_permutation)
 
     def checked(self, x: torch.Tensor, out_features: int) -> Extras:
         """The same for token-major outputs of `x` `[..., in]`, in two dimensions and contiguous.

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from padst_compile.permutation import inverse
+from padst_compile.kernels import remembered
 
 
 @torch.library.custom_op("padst::permute", mutates_args=())
@@ -48,7 +48,7 @@ def _save_indices(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[torch.
 
 def _permute_backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
     (indices,) = ctx.saved_tensors  # type: ignore[attr-defined]  # set by save_for_backward
-    return torch.ops.padst.permute(grad, inverse(indices)), None
+    return torch.ops.padst.permute(grad, remembered.inverse(indices)), None
 
 
 permute.register_autograd(_permute_backward, setup_context=_save_indices)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from padst_compile.kernels import gradient_tap
+from padst_compile.kernels import gradient_tap, remembered
 from padst_compile.kernels.permute import gather_features
-from padst_compile.permutation import inverse
 
 HARD, SOFT = 0, 1
 
@@ -58,7 +57,7 @@ def soft_permute_gradient(
     """
     nothing = torch.zeros(1, device=grad.device)
     if int(state) != SOFT:
-        return gather_features(grad, inverse(indices)), nothing
+        return gather_features(grad, remembered.inverse(indices)), nothing
     listener = gradient_tap.listener_of((state,))
     if listener is not None:
         listener.products(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))

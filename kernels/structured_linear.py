@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from padst_compile.kernels import dispatch, gradient_tap
-from padst_compile.permutation import inverse
+from padst_compile.kernels import dispatch, gradient_tap, remembered
 from padst_compile.structures import Shape, parse
 
 
@@ -132,7 +131,8 @@ def structured_value_gradient(
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     listener = gradient_tap.listener_of(topology)
     if listener is not None:  # it hears of S alone, without the permutations
-        listener.products(rows, inputs, None if output_permutation is None else inverse(output_permutation), input_permutation)
+        back = None if output_permutation is None else remembered.inverse(output_permutation)
+        listener.products(rows, inputs, back, input_permutation)
     around = input_permutation, output_permutation
     return dispatch.value_gradient(parse(structure), rows, inputs, values, tuple(topology), *around)
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from padst_compile.kernels.tensor_state import TensorState
 
 Constants = Callable[[Sequence[Any]], list[torch.Tensor]]
 
@@ -97,32 +98,19 @@ _COMPARED_BYTES = 1 << 16
 
 
 class _Seen:
-    """A tensor as it was when constants were made from it.
-
-    The weak reference keeps the storage's identity, though not its memory, from being given to another storage: memory that
-    was freed and taken again at the same address (`model.half().float()`) is told apart.
-    """
+    """A tensor as it was when constants were made from it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self._storage = StorageWeakRef(tensor.untyped_storage())
-        self._token = _token(tensor)
+        self._tensor, self._state = tensor, TensorState(tensor)
         compared = tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _COMPARED_BYTES
         self._content = tensor.detach().clone() if compared else None
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is the same, with the same content: for a large tensor or a device, as far as autograd can tell."""
-        if tensor is not self._tensor or _token(tensor) != self._token:
+        if tensor is not self._tensor or not self._state.holds(tensor):
             return False
         return self._content is None or torch.equal(tensor, self._content)
 
 
 def _watched(program: Program, args: Sequence[Any]) -> list[torch.Tensor]:
     return [*(args[i] for i in program.watched), *program.attributes]
-
-
-def _token(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Changes with every write that autograd would notice, and with the memory behind the tensor."""
-    # A tensor made in inference mode counts no writes: never the same twice.
-    version = object() if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.untyped_storage()._cdata

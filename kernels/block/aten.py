@@ -49,7 +49,7 @@ class BlockFormat(Format[Block]):
 def transposed_index(
     structure: Block, topology: Topology, out_features: int, in_features: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The topology of S.T for S [out, in], and where each of its blocks lies among those of S: int32, int32, int64.
+    """The topology of S.T for S [out, in], and where each of its blocks lies among those of S: all int32.
 
     Made on the device of the topology; nothing waits for it.
     """
@@ -57,7 +57,7 @@ def transposed_index(
     rows = structure.block_rows(topology)
     cells, order = torch.sort(topology[1].long() * row_count + rows)
     bounds = torch.arange(column_count + 1, device=cells.device) * row_count
-    return torch.searchsorted(cells, bounds, out_int32=True), rows[order].int(), order
+    return torch.searchsorted(cells, bounds, out_int32=True), rows[order].int(), order.int()
 
 
 def _tiles(x: torch.Tensor, count: int, width: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from padst_compile.kernels.block import aten
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.native.fakes import fake_block_linear
+from padst_compile.kernels.remembered import remembered
 from padst_compile.kernels.triton_product import TritonProduct, check_index, check_operands
 from padst_compile.structures import Block, Topology
 
@@ -71,9 +72,12 @@ class BlockProduct(TritonProduct):
         """See `TritonProduct.input_gradient`: the forward kernel on the blocks of S.T, read where they lie."""
         from padst_compile.kernels.block import triton
 
-        row_pointers, columns, order = aten.transposed_index(structure, topology, grad.shape[1], in_features)
+        sizes = grad.shape[1], in_features
+        index = remembered(
+            (aten.transposed_index, structure, *sizes), topology, lambda: aten.transposed_index(structure, topology, *sizes)
+        )
         transposed = Block((structure.columns, structure.rows))
-        blocks = triton.Blocks(transposed, values.contiguous(), row_pointers, columns, order.int(), transposed=True)
+        blocks = triton.Blocks(transposed, values.contiguous(), *index, transposed=True)
         return triton.block_linear(grad, blocks, in_features, kernel="block_input_gradient")
 
     def value_gradient(

@@ -31,6 +31,7 @@ from padst_compile.kernels.epilogue import finish
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.nm.tiles import default_tile
+from padst_compile.kernels.remembered import remembered
 from padst_compile.kernels.token_shares import TokenShares, partial_sums, share_tokens, total
 from padst_compile.kernels.triton_support import Launch
 from padst_compile.structures import NM
@@ -331,7 +332,10 @@ def nm_input_gradient(
         return result
     problem = triton_support.problem("nm_input_gradient", structure.to_string(), grad, values, grad.shape[1])
     tile = tile_for(dataclasses.replace(problem, in_features=in_features), default_tile)
-    launch = input_gradient_launch(structure, grad, values, transposed_lists(structure, offsets, in_features), result, tile)
+    lists = remembered(
+        (transposed_lists, structure, in_features), (offsets,), lambda: transposed_lists(structure, offsets, in_features)
+    )
+    launch = input_gradient_launch(structure, grad, values, lists, result, tile)
     with triton_support.on_device(grad):
         launch()
     return result
