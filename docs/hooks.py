@@ -1,4 +1,4 @@
-"""What mkdocs asks for while it builds: sources that it can read, and README's measurements."""
+"""What mkdocs asks for while it builds: sources that it can read, and parts of README."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 
 _ROOT = Path(__file__).resolve().parents[1]
-_HERE, _STUDY = "<!-- figures of README -->", "<!-- accuracy study of README -->"
-_BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
+_HERE, _STUDY, _SCRIPT = "<!-- figures of README -->", "<!-- accuracy study of README -->", "<!-- script of README -->"
 
 _sources = tempfile.TemporaryDirectory(prefix="padst-docs-")
 
@@ -27,11 +26,20 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put README's section of figures, which is generated from recorded results, or a part of it, where a page asks for it."""
+    """Put README's figures, which are generated from recorded results, some of them, or its program, where a page asks."""
+    if _SCRIPT in markdown:
+        markdown = markdown.replace(_SCRIPT, _section("script"))
     if _HERE not in markdown and _STUDY not in markdown:
         return markdown
-    figures = (_ROOT / "README.md").read_text().partition(_BEGIN)[2].partition(_END)[0]
-    if not figures.strip():
-        raise ValueError(f"README.md has nothing between {_BEGIN} and {_END}")
+    figures = _section("figures")
     _, accuracy, study = figures.partition("**Accuracy, ")
     return markdown.replace(_HERE, figures).replace(_STUDY, accuracy + study)
+
+
+def _section(name: str) -> str:
+    """What README has between two comments."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    found = (_ROOT / "README.md").read_text().partition(begin)[2].partition(end)[0]
+    if not found.strip():
+        raise ValueError(f"README.md has nothing between {begin} and {end}")
+    return found

@@ -21,6 +21,7 @@ import typer
 from click.exceptions import Exit
 
 import padst_compile
+from padst_compile import recipes
 from padst_compile.cli import app
 
 ROOT = Path(padst_compile.__file__).parent.parent
@@ -108,6 +109,33 @@ def test_blocks_of_tutorials_say_what_they_are(page: Path) -> None:
             assert fence.title == CHECKED or fence.title.startswith(EXAMPLE), where
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="the package is not installed, so torch does not know its entry point")
+def test_the_program_in_the_readme_runs_as_it_is_in_an_empty_folder(tmp_path: Path) -> None:
+    part = (ROOT / "README.md").read_text().partition("<!-- script -->\n```python\n")[2]
+    program, end, _ = part.partition("```\n<!-- /script -->")
+    assert end
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *explanation, last = done.stdout.strip().splitlines()
+    found = re.fullmatch(r"loss ([\d.]+) after (\d+) updates", first)
+    assert found, first
+    assert float(found[1]) < 0.9  # predicting zeros gives 1
+    assert int(found[2]) == 7  # of the first 75 steps
+    assert any("block:32x32" in line for line in explanation)
+    assert last == "True"
+    assert {path.suffix for path in (tmp_path / "folder").iterdir()} == {".safetensors", ".json"}
+
+
 def commands() -> list[str]:
     """All `padst …` that a page tells somebody to type."""
     found = []
@@ -153,6 +181,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     reference = (tmp_path / "site" / "api" / "index.html").read_text()
-    missing = [name for name in padst_compile.__all__ if not re.search(rf'id="padst_compile[\w.]*\.{name}"', reference)]
+    names = [*padst_compile.__all__, *recipes.__all__, "PadstConfig"]
+    missing = [name for name in names if not re.search(rf'id="padst_compile[\w.]*\.{name}"', reference)]
     assert missing == []
     assert "<table>" in (tmp_path / "site" / "measurements" / "index.html").read_text()
+    assert "load_pretrained" in (tmp_path / "site" / "index.html").read_text()
