@@ -17,8 +17,8 @@ from padst_compile.structures import structure_from_dict
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "accuracy"))
 
-from report import control_of, in_words  # noqa: E402  # of the accuracy study, a folder of scripts of its own
-from statistics_of_seeds import estimate, paired  # noqa: E402
+from statistics_of_seeds import estimate  # noqa: E402  # of the accuracy study, a folder of scripts of its own
+from values import against_control, control_of, groups, in_words, values_of  # noqa: E402
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,23 +42,21 @@ def render() -> str:
         parts.append(_steps(json.loads(STEPS.read_text()), STEPS.relative_to(ROOT)))
     if STUDY.exists():
         rows = [json.loads(line) for line in STUDY.read_text().splitlines()]
-        parts += [_study(*key, rows) for key in sorted({(row["task"], row["sparsity"]) for row in rows})]
+        parts += [_study(*group) for group in groups(rows)]
     return "\n".join(parts)
 
 
 def _study(task: str, sparsity: float, rows: list[dict[str, Any]]) -> str:
     """One task at one sparsity, and dense."""
-    values: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["task"] == task and (row["sparsity"] == sparsity or row["method"] == "dense"):
-            values.setdefault(row["method"], {})[row["seed"]] = row["value"]
-    lines = []
-    for method, found in values.items():
-        control = control_of(method, values)
-        difference = None if control is None else paired(found, values[control])
-        against = "" if difference is None else f"{in_words(difference, signed=True)} against {control}"
-        lines.append(f"| {method} | {in_words(estimate(list(found.values())))} | {against} | {len(found)} |")
-    metric = next(row["metric"] for row in rows if row["task"] == task)
+    values, lines = values_of(rows), []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = values.get(method, {})
+        difference = against_control(method, values) if found else None
+        against = "" if difference is None else f"{in_words(difference, signed=True)} against {control_of(method, values)}"
+        diverged = sum(row["method"] == method and row["value"] is None for row in rows)
+        runs = f"{len(found) + diverged}" + (f", {diverged} diverged" if diverged else "")
+        lines.append(f"| {method} | {in_words(estimate(list(found.values()))) if found else ''} | {against} | {runs} |")
+    metric = rows[0]["metric"]
     heading = (
         f"**Accuracy, {task}, {sparsity:.0%}** (validation {metric}; means over seeds with 95 % intervals, differences paired "
         f"by seed, a star where the interval excludes zero; from `{STUDY.relative_to(ROOT)}`)"

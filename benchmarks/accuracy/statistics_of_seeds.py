@@ -41,7 +41,8 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Estimate | N
     return estimate([one[seed] - other[seed] for seed in shared]) if shared else None
 
 
-def separates(dense: Sequence[float], structured: Sequence[float]) -> bool:
-    """Whether a task can tell: dense and fixed structured sparsity differ by more than two intervals."""
+def separates(dense: Sequence[float], structured: Sequence[float], *, lower_is_better: bool) -> bool:
+    """Whether a task can tell: dense is better than fixed structured sparsity by more than the wider interval, twice."""
     first, second = estimate(dense), estimate(structured)
-    return abs(first.mean - second.mean) > 2 * max(first.half_width, second.half_width)
+    lead = (second.mean - first.mean) if lower_is_better else (first.mean - second.mean)
+    return lead > 2 * max(first.half_width, second.half_width)

@@ -1,0 +1,47 @@
+"""One cell of the study: trained, or found to diverge, and the row that is kept of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from curves import read_curves
+from grid import Cell
+
+from padst_compile.errors import TrainingDivergedError
+from padst_compile.recipes import TrainConfig, run
+from padst_compile.recipes.run_folder import RunFolder
+
+Row = dict[str, Any]
+
+
+def train_cell(cell: Cell, config: TrainConfig, path: Path) -> Row:
+    """Train a cell in its folder, or go on with it.
+
+    Returns:
+        Its row; one whose loss ceases to be finite has no value, and "diverged".
+    """
+    torch.compiler.reset()  # or Dynamo, after as many models of one class as it allows, would no longer compile them
+    try:
+        result = run(config, path)
+    except TrainingDivergedError:
+        found: Row = {"value": None, "diverged": True}
+    else:
+        found = {
+            "value": getattr(result.eager, cell.task.metric),
+            "compiled_agrees": result.passed,
+            "density": result.density,
+            "seconds": result.seconds,
+        }
+    return {
+        "cell": cell.name,
+        "task": cell.task.name,
+        "metric": cell.task.metric,
+        "method": cell.method.name,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        **found,
+        "threads": config.threads,
+        "curves": read_curves(RunFolder(path), cell.task.metric),
+    }
