@@ -2,7 +2,7 @@
 
 A file is replaced atomically, so that a reader sees the old result or the new one, whoever is killed in between. Whoever
 searches holds the problem's lock, which the system drops with the process. A file that cannot be read, or that belongs to
-another problem, costs a warning and is replaced.
+another problem, costs a warning and is replaced. What another version of this format wrote lies in another folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import platformdirs
 
 from padst_compile.autotune.entry import Entry
 from padst_compile.autotune.keys import Key, relatives
-from padst_compile.files import make_private, replace_text
+from padst_compile.files import make_private, remove_drafts, replace_text
 
 VERSION = 1
 _LOCK_SECONDS = 600.0  # longer than a search takes
@@ -32,12 +32,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PADST_CACHE_DIR") or platformdirs.user_cache_dir("padst_compile"))
 
 
+def results_folder() -> Path:
+    """Where results of this version of the format are kept."""
+    return cache_folder() / "tuning" / f"v{VERSION}"
+
+
 class Cache:
     """The results in one folder. Whatever is wrong with the folder costs a warning, never an error."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, Entry] = {}
+        self._unkept: set[str] = set()  # known in this process alone, where the folder cannot be written
         self._warned: set[str] = set()
 
     def read(self, key: Key) -> Entry | None:
@@ -55,11 +61,9 @@ class Cache:
 
     def refresh(self, key: Key) -> Entry | None:
         """The result for a key as it is in the folder now: another process may have stored a better one."""
-        known = self._known.pop(key.name, None)
-        found = self.read(key)
-        if found is None and known is not None:  # kept in memory alone, where the folder cannot be written
-            self._known[key.name] = known
-        return found or known
+        if key.name not in self._unkept:
+            self._known.pop(key.name, None)
+        return self.read(key)
 
     def write(self, key: Key, entry: Entry) -> None:
         """Store a result, in this process and, where that is possible, in the folder."""
@@ -68,7 +72,9 @@ class Cache:
         try:
             make_private(self.folder)
             replace_text(self.folder / f"{key.name}.json", text + "\n", private=True)
+            self._unkept.discard(key.name)
         except OSError as error:
+            self._unkept.add(key.name)
             self._warn("", f"measurements are not kept for the next run: {error}")
 
     def relatives(self, key: Key) -> Iterator[tuple[dict[str, Any], Entry]]:
@@ -88,12 +94,16 @@ class Cache:
 
     @contextmanager
     def claim(self, key: Key) -> Iterator[None]:
-        """Hold a problem's lock, waiting for whoever holds it; without one where the folder has no place for locks."""
+        """Hold a problem's lock, waiting for whoever holds it; without one where the folder has no place for locks.
+
+        With the lock goes what a killed process left of a result that it wrote: nobody else is writing it.
+        """
         with ExitStack() as held:
             try:
                 locks = self.folder / "locks"
                 make_private(locks)
                 held.enter_context(filelock.FileLock(locks / f"{key.name}.lock", timeout=_LOCK_SECONDS, mode=0o600))
+                remove_drafts(self.folder / f"{key.name}.json")
             except (OSError, NotImplementedError, filelock.Timeout) as error:
                 self._warn("lock", f"other processes may measure the same: {error}")
             yield

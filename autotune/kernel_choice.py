@@ -14,7 +14,7 @@ from padst_compile.autotune.finding import find
 from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.machine import machine
 from padst_compile.autotune.problem import Kernel, LayerProblem
-from padst_compile.autotune.scoped import added
+from padst_compile.autotune.scoped import Entries, added, present
 from padst_compile.autotune.search import Run, tune_layer
 from padst_compile.kernels.launch import Tile
 
@@ -44,7 +44,7 @@ class KernelChoice:
 
 Observer = Callable[[LayerProblem, KernelChoice], None]
 
-_observers: list[Observer] = []
+_observers: Entries[Observer] = []
 
 
 def choose_kernel(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort = "quick") -> KernelChoice:
@@ -57,13 +57,13 @@ def choose_kernel(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]
     """
     found = find(problem, lambda: tune_layer(problem, runs(), effort), effort)
     choice = _by_cost_model(problem) if found is None else _by_measurement(problem, found)
-    for observer in _observers:
+    for observer in present(_observers):
         observer(problem, choice)
     return choice
 
 
 def observed(observer: Observer) -> AbstractContextManager[None]:
-    """Within this, `observer` is told of every choice as it is made."""
+    """Within this, `observer` is told of every choice that this thread makes, as it is made."""
     return added(_observers, observer)
 
 

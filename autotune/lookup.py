@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from padst_compile.autotune.cache import Cache, cache_folder, read_shipped
+from padst_compile.autotune.cache import Cache, read_shipped, results_folder
 from padst_compile.autotune.entry import Entry
 from padst_compile.autotune.keys import Key, anywhere, relatives
 
@@ -70,7 +70,7 @@ class Library:
 
 def library() -> Library:
     """The results in the present cache folder, and those in the package."""
-    return _library(str(cache_folder() / "tuning"), str(SHIPPED))
+    return _library(str(results_folder()), str(SHIPPED))
 
 
 @functools.cache

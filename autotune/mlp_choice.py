@@ -11,7 +11,7 @@ from padst_compile.autotune.entry import first_of_the_fastest
 from padst_compile.autotune.finding import find
 from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.problem import MlpProblem
-from padst_compile.autotune.scoped import added
+from padst_compile.autotune.scoped import Entries, added, present
 from padst_compile.autotune.search import Run, measured
 from padst_compile.autotune.space import Candidate
 from padst_compile.kernels.launch import Tile
@@ -43,7 +43,7 @@ class MlpChoice:
 
 Observer = Callable[[MlpProblem, MlpChoice], None]
 
-_observers: list[Observer] = []
+_observers: Entries[Observer] = []
 
 
 def choose_mlp(problem: MlpProblem, runs: Callable[[], Mapping[Candidate, Run]], effort: Effort) -> MlpChoice:
@@ -56,13 +56,13 @@ def choose_mlp(problem: MlpProblem, runs: Callable[[], Mapping[Candidate, Run]],
     """
     found = find(problem, lambda: measured(runs(), problem.device, effort), effort)
     choice = MlpChoice(False, "one kernel for both layers was not measured") if found is None else _by_measurement(found)
-    for observer in _observers:
+    for observer in present(_observers):
         observer(problem, choice)
     return choice
 
 
 def observed(observer: Observer) -> AbstractContextManager[None]:
-    """Within this, `observer` is told of every choice as it is made."""
+    """Within this, `observer` is told of every choice that this thread makes, as it is made."""
     return added(_observers, observer)
 
 

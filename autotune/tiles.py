@@ -15,18 +15,18 @@ import torch
 from padst_compile.autotune.environment import environment
 from padst_compile.autotune.keys import Key
 from padst_compile.autotune.lookup import Found, library
-from padst_compile.autotune.scoped import added
+from padst_compile.autotune.scoped import Entries, added, present
 from padst_compile.kernels import launch
 from padst_compile.kernels.launch import Chooser, Problem, Tile
 
-_overrides: list[Chooser] = []
+_overrides: Entries[Chooser] = []
 _known: dict[tuple[Problem, int, str | None], Tile | None] = {}
 
 
 def tuned_tile(problem: Problem) -> Tile | None:
     """The best known tile of a launch, or None for the kernel's default."""
-    if _overrides:
-        return _overrides[-1](problem)
+    if _overrides and (own := present(_overrides)):
+        return own[-1](problem)
     # What a call pays for: the threads and the folder may change while the process runs.
     place = problem, torch.get_num_threads(), os.environ.get("PADST_CACHE_DIR")
     if place not in _known:
@@ -57,21 +57,21 @@ def forget() -> None:
 
 @contextmanager
 def default_tiles() -> Iterator[None]:
-    """Within this, every launch gets its default."""
+    """Within this, every launch of this thread gets its default."""
     with added(_overrides, lambda problem: None):
         yield
 
 
 @contextmanager
 def given_tiles(tiles: Mapping[Problem, Tile | None]) -> Iterator[None]:
-    """Within this, some launches get these tiles, all others their default; None is the default too."""
+    """Within this, some launches of this thread get these tiles, all others their default; None is the default too."""
     with added(_overrides, tiles.get):
         yield
 
 
 @contextmanager
 def recorded() -> Iterator[list[Problem]]:
-    """Within this, launches get their defaults; the list that is given collects their problems, each once, in order."""
+    """Within this, launches of this thread get their defaults; the list given collects their problems, each once, in order."""
     problems: dict[Problem, None] = {}
     found: list[Problem] = []
 

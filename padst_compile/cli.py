@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from padst_compile.autotune.cache import cache_folder, write_shipped
+from padst_compile.autotune.cache import cache_folder, results_folder, write_shipped
 from padst_compile.autotune.effort import BUDGETS, Effort
 from padst_compile.autotune.environment import environment
 from padst_compile.autotune.lookup import library
@@ -194,7 +194,7 @@ def tune(
                 sparse, *case.inputs_as(_dtype(dtype)), effort=effort, progress=lambda: progress.advance(task), **case.kwargs
             )
     console.print(tuning_table(tuned, f"{model}, {dtype}, {effort}"))
-    console.print(f"{sources(tuned)}; kept in {cache_folder() / 'tuning'}", soft_wrap=True)
+    console.print(f"{sources(tuned)}; kept in {results_folder()}", soft_wrap=True)
     if json_path is not None:
         result = {"model": model, "effort": effort, "machine": describe_machine(), **tuned.to_dict()}
         console.print(f"written to {write_json(result, json_path)}", soft_wrap=True)

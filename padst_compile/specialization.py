@@ -88,7 +88,8 @@ class Specialization:
         if program.refresh(args):
             self._remember(program, args)
             return program
-        self._program, self._general = None, self._make_general()
+        self._general = self._make_general()
+        self._program = None  # last: another thread that finds none runs the general one
         return None
 
 

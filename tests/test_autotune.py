@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from padst_compile.autotune import lookup, measure, tiles
-from padst_compile.autotune.cache import Cache
+from padst_compile.autotune.cache import Cache, results_folder
 from padst_compile.autotune.effort import Budget
 from padst_compile.autotune.entry import Entry, Timing
 from padst_compile.autotune.environment import environment
@@ -150,7 +152,7 @@ def test_full_measures_again_what_was_measured_quickly() -> None:
 
 def test_what_another_process_measured_thoroughly_is_not_measured_again(tmp_path: Path) -> None:
     choose_kernel(PROBLEM, Layer())
-    Cache(tmp_path / "tuning").write(key(), entry(effort="full"))
+    Cache(results_folder()).write(key(), entry(effort="full"))
     choice = choose_kernel(PROBLEM, never, "full")
     assert (choice.source, choice.sparse_seconds) == ("cached", 1.0)
 
@@ -211,6 +213,31 @@ def test_observers_are_told_of_every_choice() -> None:
         choices = [choose_kernel(PROBLEM, Layer()), choose_kernel(PROBLEM, never, "off")]
     choose_kernel(PROBLEM, never, "off")
     assert seen == [(PROBLEM, choice) for choice in choices]
+
+
+def test_threads_do_not_meddle_with_each_others_searches() -> None:
+    """One measures while others run their layers: they neither get its tiles nor are they taken for launches of its own."""
+    other = dataclasses.replace(LAUNCH, in_features=2 * LAUNCH.in_features)
+    seen: list[LayerProblem] = []
+    found: list[Tile] = []
+
+    def elsewhere() -> None:
+        found.append(tile_for(other, default_tile))
+        choose_kernel(PROBLEM, never, "off")
+
+    def meanwhile() -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    with observed(lambda problem, choice: seen.append(problem)), tiles.recorded() as launches:
+        meanwhile()
+        tile_for(LAUNCH, default_tile)
+    with tiles.given_tiles({other: Tile(48, 0, 0)}):
+        meanwhile()
+        assert tile_for(other, default_tile) == Tile(48, 0, 0)
+    assert found == 2 * [default_tile(other)]
+    assert launches == [LAUNCH] and not seen
 
 
 # --- tiles ---

@@ -16,6 +16,7 @@ from torch import fx, nn
 import padst_compile as padst
 from padst_compile.backend import compile_graph
 from padst_compile.equivalence import PassCheck
+from padst_compile.equivalence.reproduction import write_reproduction
 from padst_compile.errors import InvalidOptionError, NotEquivalentError, WrongPassError
 from padst_compile.options import Options, read_options
 from padst_compile.passes import pipeline
@@ -167,6 +168,31 @@ def test_a_wrong_pass_is_named_and_reproduced(
     result = run_script(script)
     assert result.returncode == 1
     assert "NotEquivalentError: output" in result.stderr
+
+
+def test_a_script_reads_modules_and_tensors_as_data(tmp_path: Path) -> None:
+    before, after = (fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU())) for _ in range(2))
+    (norm,) = (node for node in after.graph.nodes if node.target == "1")
+    norm.replace_all_uses_with(norm.args[0])
+    after.recompile()
+    script = write_reproduction("a pass", before, after, [torch.randn(2, 4)], tmp_path)
+    result = run_script(script)
+    assert result.returncode == 1
+    assert "NotEquivalentError: output" in result.stderr
+
+
+def test_a_script_does_not_unpickle_a_planted_file(tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    graph = fx.symbolic_trace(nn.Linear(4, 4))
+    script = write_reproduction("a pass", graph, graph, [torch.randn(2, 4)], tmp_path)
+    torch.save({"attributes": Planted(), "inputs": {}}, script.with_name("tensors.pt"))
+    result = run_script(script)
+    assert result.returncode == 1
+    assert "Weights only load failed" in result.stderr
+    assert not (tmp_path / "executed").exists()
 
 
 def test_the_script_of_a_dynamo_graph_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class After(torch.nn.Module):
 {after}
 
 
-saved = torch.load(Path(__file__).with_name("tensors.pt"), weights_only=False)
+with torch.serialization.safe_globals([{classes}]):
+    saved = torch.load(Path(__file__).with_name("tensors.pt"), weights_only=True)
 inputs = [
 {inputs}
 ]
@@ -49,7 +50,8 @@ def write_reproduction(
     """Write `repro.py` and `tensors.pt` into a new folder.
 
     The script holds both graphs as code, and the shapes and dtypes of floating inputs, whose values do not matter. Integer
-    inputs and what the graphs hold themselves lie beside it.
+    inputs and what the graphs hold themselves lie beside it, in a file that the script reads as data: tensors, and modules of
+    the classes that it names.
 
     Args:
         name: of the pass.
@@ -63,15 +65,22 @@ def write_reproduction(
     """
     place = Path(tempfile.mkdtemp(prefix=f"padst-{name}-", dir=folder))
     codes = [graph.graph.python_code("self") for graph in (before, after)]
-    imports = _imports({key: value for code in codes for key, value in code.globals.items()})
+    attributes = {**_attributes(before), **_attributes(after)}
+    classes = {f"{kind.__name__}{number}": kind for number, kind in enumerate(_classes(attributes))}
+    imports = _imports({key: value for code in codes for key, value in code.globals.items()} | classes)
     if any("padst_native" in code.src for code in codes):
         imports += _NATIVE
-    saved = {"attributes": {**_attributes(before), **_attributes(after)}, "inputs": _integers(inputs)}
     lines = [_input_line(number, value) for number, value in enumerate(inputs)]
     bodies = [textwrap.indent(code.src.strip(), "    ") for code in codes]
-    torch.save(saved, place / "tensors.pt")
+    torch.save({"attributes": attributes, "inputs": _integers(inputs)}, place / "tensors.pt")
     script = _SCRIPT.format(
-        name=name, torch=torch.__version__, imports=imports, before=bodies[0], after=bodies[1], inputs="\n".join(lines)
+        name=name,
+        torch=torch.__version__,
+        imports=imports,
+        before=bodies[0],
+        after=bodies[1],
+        classes=", ".join(classes),
+        inputs="\n".join(lines),
     )
     (place / "repro.py").write_text(script)
     return place / "repro.py"
@@ -111,6 +120,12 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def _classes(attributes: dict[str, Any]) -> list[type[nn.Module]]:
+    """Of all modules in there, each once."""
+    modules = [module for value in attributes.values() if isinstance(value, nn.Module) for module in value.modules()]
+    return list(dict.fromkeys(type(module) for module in modules))
 
 
 def _detached(value: Any) -> Any:
