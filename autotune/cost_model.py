@@ -67,7 +67,7 @@ _SYMBOLS = (T, K, N, A, R, e, t, n, d, F, V, U, B, C, S, L)
 
 def layer_seconds(problem: LayerProblem, kernel: Kernel, machine: Machine) -> float:
     """What a layer takes on one of its kernels; while training with both gradients, each a product of the same size."""
-    seconds = _function(_formula(problem, kernel))(*_values(problem, machine, tile=None))
+    seconds = _function(_formula(problem, kernel))(*_values(problem, machine, tile=None, kernel=kernel))
     return 3 * seconds if problem.training else seconds
 
 
@@ -96,10 +96,12 @@ def _formula(problem: LayerProblem, kernel: Kernel) -> sympy.Expr:
     return UNPACKED if kernel == "aten" else GATHER
 
 
-def _values(problem: LayerProblem | Problem, machine: Machine, tile: Tile | None) -> tuple[float, ...]:
+def _values(
+    problem: LayerProblem | Problem, machine: Machine, tile: Tile | None, kernel: Kernel = "triton"
+) -> tuple[float, ...]:
     structure = parse(problem.structure)
     rows = structure.rows if isinstance(structure, Block) else 1
-    rate = machine.rate("tf32" if getattr(problem, "precision", "ieee") == "tf32" else problem.dtype)
+    rate = _matrix_rate(problem, machine, kernel)
     if tile is not None and tile.variant == "gather":  # of single weights, which no matrix unit multiplies
         rate = machine.vector_rate
     size: tuple[float, ...] = (problem.tokens, problem.in_features, problem.out_features, problem.active, rows)
@@ -107,6 +109,13 @@ def _values(problem: LayerProblem | Problem, machine: Machine, tile: Tile | None
     rates = (rate, machine.vector_rate, machine.units)
     memory = (machine.bandwidth, machine.cache_bandwidth, machine.cache_bytes, machine.launch_seconds)
     return (*size, getattr(torch, problem.dtype).itemsize, *cut, *rates, *memory)
+
+
+def _matrix_rate(problem: LayerProblem | Problem, machine: Machine, kernel: Kernel) -> float:
+    """Of products in the problem's dtype and precision; only Triton's kernels split products into three."""
+    if problem.precision == "tf32x3" and kernel == "triton":
+        return machine.rate("tf32") / 3
+    return machine.rate("tf32" if problem.precision == "tf32" else problem.dtype)
 
 
 @functools.cache

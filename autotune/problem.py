@@ -28,6 +28,7 @@ class LayerProblem:
         kernels: what can run the product, the default first.
         epilogue: what follows the sums ("" or "bias").
         layout: order of the activations in memory, of inputs and of outputs, as in "token/token".
+        precision: how the GPU multiplies float32, see `kernels.launch.Problem`; "ieee" elsewhere.
     """
 
     structure: str
@@ -42,6 +43,7 @@ class LayerProblem:
     kernels: tuple[Kernel, ...]
     epilogue: str = ""
     layout: str = "token/token"
+    precision: str = "ieee"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class MlpProblem:
         device: type of the device, as in "cpu".
         epilogue: the first layer's activation and what the second adds, as in "gelu+residual".
         kernels: what can run the layers, the default first: two kernels, or one.
+        precision: see `LayerProblem`.
     """
 
     structure: str
@@ -73,6 +76,7 @@ class MlpProblem:
     device: str
     epilogue: str
     kernels: tuple[str, ...] = ("apart", "fused")
+    precision: str = "ieee"
 
 
 def token_bucket(tokens: int, device: str = "cpu") -> int:

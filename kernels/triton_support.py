@@ -105,7 +105,11 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def split_tf32() -> Iterator[None]:
-    """Within this, float32 products that should be exact are sums of three TF32 products: tensor cores, 21 bits or so."""
+    """Within this, exact float32 products of Triton kernels are sums of three TF32 products: tensor cores, 20 bits or so.
+
+    For the whole process, backward passes included. Products that PyTorch's own setting lets run in TF32 do so still, and
+    dense products, which PyTorch computes, stay what they are. AMD GPUs multiply exactly.
+    """
     _split.append(True)
     try:
         yield
@@ -114,12 +118,20 @@ def split_tf32() -> Iterator[None]:
 
 
 def precision(dtype: torch.dtype) -> Precision:
-    """How `tl.dot` multiplies: as `torch.set_float32_matmul_precision` and its kin ask for, and "ieee" for other dtypes."""
+    """How `tl.dot` multiplies: float32 as PyTorch's dense products are set to, or split; "ieee" for other dtypes.
+
+    `fp32_precision` is also what `allow_tf32` and `torch.set_float32_matmul_precision` set: "high" and "medium" are TF32.
+    """
     if dtype != torch.float32:
         return "ieee"
     if torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3" if _split and torch.version.hip is None else "ieee"
+
+
+def precision_on(device: torch.device, dtype: torch.dtype) -> Precision:
+    """`precision` where Triton kernels run, and "ieee" elsewhere: what a layer's speed depends on there."""
+    return precision(dtype) if usable(device, dtype) else "ieee"
 
 
 def token_bucket(tokens: int) -> int:

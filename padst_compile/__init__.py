@@ -6,6 +6,7 @@ from padst_compile.equivalence import Verification, verify
 from padst_compile.explain import Explanation, explain
 from padst_compile.foldable import FoldableGroup, foldable_permutations, sparsify
 from padst_compile.kernels.formats import register_kernel
+from padst_compile.kernels.triton_support import split_tf32
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.passes.pipeline import register_pass
 from padst_compile.spec import SparsitySpec, load_spec, save_spec
@@ -59,5 +60,6 @@ __all__ = [
     "sparse_layers",
     "sparsify",
     "sparsify_report",
+    "split_tf32",
     "verify",
 ]

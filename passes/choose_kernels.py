@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from padst_compile.autotune.effort import Effort
 from padst_compile.autotune.kernel_choice import KernelChoice, choose_kernel
 from padst_compile.autotune.problem import Kernel, LayerProblem, token_bucket
-from padst_compile.kernels import dispatch
+from padst_compile.kernels import dispatch, triton_support
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
 from padst_compile.passes.costs import kind_of
@@ -152,6 +152,7 @@ class _Call:
             argument(self.node, "structure"), self.shape.in_features, self.shape.out_features, self._stored(), self.tokens,
             str(self.dtype).removeprefix("torch."), "+".join(tables), not self.facts.inference, self.device.type,
             (sparse, "dense"), "" if argument(self.node, "bias") is None else "bias",
+            precision=triton_support.precision_on(self.device, self.dtype),
         )  # fmt: skip
 
     def runs(self, sparse: Kernel) -> dict[Kernel, Callable[[], Any]]:

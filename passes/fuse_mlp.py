@@ -23,7 +23,7 @@ from padst_compile.autotune.effort import Effort
 from padst_compile.autotune.mlp_choice import APART, MlpChoice, choose_mlp
 from padst_compile.autotune.problem import MlpProblem, token_bucket
 from padst_compile.autotune.space import Candidate
-from padst_compile.kernels import dispatch
+from padst_compile.kernels import dispatch, triton_support
 from padst_compile.kernels.block.triton_mlp_op import why_not as why_triton_cannot
 from padst_compile.kernels.launch import Tile
 from padst_compile.passes.base import RewriteRule
@@ -161,6 +161,7 @@ def _problem(first: fx.Node, second: fx.Node, facts: Context) -> MlpProblem:
         permuted="+".join(name for name, there in tables.items() if there),
         device=y.device.type,
         epilogue="+".join(filter(None, (argument(first, "activation"), residual))),
+        precision=triton_support.precision_on(y.device, y.dtype),
     )
 
 

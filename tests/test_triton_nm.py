@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from padst_compile.kernels import dispatch, launch, triton_support
+from padst_compile.kernels import dispatch, launch
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.gather_roof import gather_is_faster
 from padst_compile.kernels.launch import Problem, Tile
@@ -17,7 +17,7 @@ from padst_compile.kernels.nm import tiles as nm_tiles
 from padst_compile.kernels.nm import triton_op
 from padst_compile.kernels.structured_linear import structured_linear
 from padst_compile.structures import NM, Shape
-from padst_compile.testing.accuracy import assert_within_error_bound, error_bound
+from padst_compile.testing.accuracy import error_bound
 from padst_compile.testing.triton_products import ACTIVATIONS, TritonLayer, rounding_unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -292,8 +292,6 @@ def test_gathering_is_left_where_dense_is_faster() -> None:
     assert not gather_is_faster(0.5, many)
     assert not gather_is_faster(0.1, many.bfloat16())
     assert gather_is_faster(0.01, many.bfloat16())
-    with triton_support.split_tf32():
-        assert not gather_is_faster(0.2, many)
 
 
 # ---- the op
@@ -334,12 +332,3 @@ def test_wrong_arguments_are_named(triton_device: torch.device) -> None:
             layer.op(*dataclasses.replace(layer, **change).arguments(x))
     with pytest.raises(RuntimeError, match="values"):
         layer.op(*layer.arguments(x.half()))
-
-
-def test_split_tf32_products_are_asked_for(triton_device: torch.device) -> None:
-    layer = layer_of(NM(1, 4, vector=16), Shape(33, 40), torch.float32, triton_device)
-    with triton_support.split_tf32():
-        y = layer.op(*layer.arguments(x := layer.random_input(20)))
-    weight = layer.structure.unpack(layer.values.double(), layer.topology, layer.shape)
-    # Operands of 21 bits or so instead of 24.
-    assert_within_error_bound(y, x.double() @ weight.T, x.double().abs() @ weight.abs().T, 8 * 40)
