@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -23,19 +21,17 @@ from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import ModelCase, build_model
 from padst_compile.benchmarking.report import comparison_table, write_json, write_results
 from padst_compile.benchmarking.run import Comparison, Settings, compare
+from padst_compile.command_errors import reported
 from padst_compile.conversion import sparse_layers, sparsify
 from padst_compile.doctor import examine
 from padst_compile.drawing.picture import draw, picture
 from padst_compile.drawing.svg import to_svg
-from padst_compile.errors import DrawingError, MissingDeviceError, PadstError, UnknownFieldError
+from padst_compile.errors import DrawingError, MissingDeviceError, UnknownFieldError
 from padst_compile.explain import explain as explain_model
 from padst_compile.explanation_page import write_page
-from padst_compile.recipes import TrainConfig
-from padst_compile.recipes import run as run_training
-from padst_compile.recipes.display import Display, result_line, result_table
-from padst_compile.recipes.shorthand import SparseTraining
 from padst_compile.spec import SparsitySpec
 from padst_compile.structures import parse
+from padst_compile.train_command import train
 from padst_compile.tuning import sources, tuning_table
 from padst_compile.tuning import tune as tune_layers
 from padst_compile.user_modules import import_modules
@@ -77,7 +73,7 @@ def demo(
     json_path: JsonPath = None,
 ) -> None:
     """Sparsify ViT-B/16 and GPT-2 small, compile, check against float64, and time them beside dense."""
-    with _errors():
+    with reported():
         _set_threads(threads)
         spec = SparsitySpec(structure=parse("block:64"), sparsity=0.9, permutation="random")
         settings = Settings(repetitions=repetitions)
@@ -103,7 +99,7 @@ def bench(
     json_path: JsonPath = None,
 ) -> None:
     """Time a sparse model beside the same dense model at its best (torch.compile default and freezing)."""
-    with _errors():
+    with reported():
         import_modules(imports or ())
         if compare_with not in ("", "none"):
             raise UnknownFieldError("value of --compare", compare_with, ("none",))
@@ -137,7 +133,7 @@ def explain(
 ) -> None:
     """Say what the compiler does with each layer and each permutation of a model, and why."""
     console = Console()
-    with _errors():
+    with reported():
         import_modules(imports or ())
         _set_threads(threads)
         case = build_model(model, batch=batch, tokens=tokens)
@@ -181,7 +177,7 @@ def tune(
 ) -> None:
     """Measure what runs each layer of a model fastest in inference, and keep it for all later compilations."""
     console = Console(width=None if sys.stdout.isatty() else 200)
-    with _errors():
+    with reported():
         import_modules(imports or ())
         _set_threads(threads)
         case = build_model(model, batch=batch, tokens=tokens).on(_device(device))
@@ -203,104 +199,7 @@ def tune(
         console.print(f"{write_shipped(export, results)} results written to {export}", soft_wrap=True)
 
 
-@app.command()
-def train(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="timm:NAME[,key=value…] or mixer:key=value… for images, hf:TYPE[,key=value…] for text; random weights"
-        ),
-    ],
-    data: Annotated[
-        Path, typer.Argument(help="images: a parquet file, or a folder of parquet files or of classes; a UTF-8 text")
-    ],
-    out: Annotated[Path, typer.Option(help="folder of the run; the same command continues what is in it")],
-    validation: Annotated[
-        Path | None, typer.Option(help="like DATA; what lies beside it, or a tenth of it, if not given")
-    ] = None,
-    structure: Annotated[str, typer.Option(help="as for bench, or dense")] = "block:16",
-    sparsity: Sparsity = None,
-    permutation: Annotated[str, typer.Option(help="none, random, kaleidoscope, autoshuffle, sinkhorn_ste or regroup")] = "none",
-    side: Side = "input",
-    foldable: Annotated[bool, typer.Option("--foldable", help="only permutations that cost nothing in this model")] = False,
-    targets: Targets = None,
-    imports: Imports = None,
-    method: Annotated[
-        str, typer.Option(help="rigl, set, mest, magnitude, dynadiag, static, or none: weights alone are trained")
-    ] = "rigl",
-    interval: Annotated[int, typer.Option(min=1, help="steps between updates of the topology")] = 100,
-    fraction: Annotated[float, typer.Option(help="of the active weights that the first update replaces")] = 0.3,
-    end: Annotated[float, typer.Option(help="fraction of the steps after which the topology stays")] = 0.75,
-    ablation: Annotated[
-        float | None, typer.Option(help="SRigL's: give up outputs of N:M layers less salient than that")
-    ] = None,
-    deadline: Annotated[float, typer.Option(help="fraction of the steps after which learned permutations are hard")] = 0.5,
-    steps: Annotated[int, typer.Option(min=1, help="optimizer steps in all")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="images or windows of text of a step")] = 64,
-    lr: Annotated[float, typer.Option(help="highest learning rate of AdamW")] = 1e-3,
-    warmup: Annotated[float, typer.Option(help="fraction of the steps over which it rises; a cosine follows")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="of matrices")] = 0.05,
-    clip: Annotated[float, typer.Option(help="largest norm of the gradient")] = 1.0,
-    label_smoothing: Annotated[float, typer.Option(help="of the training loss")] = 0.0,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="pixels of a side; that of the first image if not given")
-    ] = None,
-    augment: Annotated[bool, typer.Option(help="mirror and shift training images")] = True,
-    context: Annotated[int, typer.Option(min=1, help="tokens of a window of text")] = 256,
-    tokens: Annotated[str, typer.Option(help="characters or bytes")] = "characters",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast")] = "float32",
-    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
-    log_interval: Annotated[int, typer.Option(min=1, help="steps between rows of metrics.jsonl")] = 10,
-    eval_interval: Annotated[int, typer.Option(min=1, help="steps between validations")] = 200,
-    eval_limit: Annotated[int | None, typer.Option(min=1, help="at most so many validation examples; all if not given")] = None,
-    checkpoint_interval: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 200,
-    threads: Threads = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    compile_training: Annotated[bool, typer.Option("--compile/--no-compile", help="train with backend padst")] = False,
-) -> None:
-    """Train a sparse model, then compile it and compare. The same command continues a run that was killed."""
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    with _errors():
-        import_modules(imports or ())
-        sparse = SparseTraining(
-            structure, sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction, end, ablation,
-            deadline,
-        )  # fmt: skip
-        specification, dst = sparse.resolve(steps=steps, seed=seed)
-        config = TrainConfig(
-            model,
-            str(data.resolve()),
-            None if validation is None else str(validation.resolve()),
-            sparsity=specification,
-            dst=dst,
-            steps=steps,
-            batch=batch,
-            lr=lr,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            clip=clip,
-            label_smoothing=label_smoothing,
-            image_size=image_size,
-            augment=augment,
-            context=context,
-            tokens=cast("Any", tokens),  # the configuration checks names
-            dtype=cast("Any", dtype),
-            seed=seed,
-            log_interval=log_interval,
-            eval_interval=eval_interval,
-            eval_limit=eval_limit,
-            checkpoint_interval=checkpoint_interval,
-            threads=threads,
-            device=cast("Any", device),
-            compile=compile_training,
-        )
-        with Display(Console(stderr=True, width=None if sys.stderr.isatty() else 200)) as display:
-            result = run_training(config, out, display)
-    console.print(result_table(result))
-    console.print(result_line(result), soft_wrap=True, highlight=False)
-    console.print(f"kept in {out}", soft_wrap=True, markup=False)
-    if not result.passed:
-        raise typer.Exit(1)
+app.command()(train)
 
 
 @app.command()
@@ -391,16 +290,6 @@ def _tuning_effort(name: str) -> Effort:
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Our own errors are the user's: one line on stderr and exit status 2, without a traceback."""
-    try:
-        yield
-    except PadstError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

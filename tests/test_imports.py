@@ -59,6 +59,8 @@ LAYERS = (
     "explanation_page",
     "doctor",
     "user_modules",
+    "command_errors",
+    "train_command",
     "cli",
 )
 FOR_TESTS_ALONE = "testing"

@@ -97,6 +97,21 @@ def test_short_names_stand_for_specification_and_training() -> None:
     assert SparseTraining("dense").resolve(steps=90, seed=0) == (None, None)
 
 
+def test_short_names_reach_every_choice_of_training() -> None:
+    short = SparseTraining(
+        "block:4", 0.8, "autoshuffle", method="mest", distribution="erk", score="l2", mest_weight=0.5, penalty_weight=2.0,
+        threshold=0.2, permutation_warmup=0.3, permutation_lr=0.25,
+    )  # fmt: skip
+    spec, dst = short.resolve(steps=90, seed=0)
+    assert spec is not None and spec.distribution == "erk"
+    learned = LearnedPermutation("autoshuffle", learning_rate=0.25, penalty_weight=2.0, threshold=0.2, warmup=0.3)
+    assert dst == DSTConfig("mest", total_steps=90, score="l2", mest_weight=0.5, permutation=learned)
+    assert SparseTraining(gradient_rows=0.25).resolve(steps=90, seed=0)[1] == DSTConfig(total_steps=90, gradient_rows=0.25)
+    spec, dst = SparseTraining(permutation="regroup").resolve(steps=90, seed=0)
+    assert spec is not None and spec.distribution == "uniform"
+    assert dst == DSTConfig(total_steps=90, permutation=LearnedPermutation("regroup")), "the defaults are the same"
+
+
 def test_gradual_pruning_begins_dense_and_ends_with_the_sparsity() -> None:
     spec, dst = SparseTraining("block:8", 0.8, method="magnitude").resolve(steps=90, seed=0)
     assert spec is not None and dst is not None and (spec.sparsity, dst.final_sparsity) == (0.0, 0.8)
@@ -120,6 +135,12 @@ def test_diagonals_by_a_soft_top_k_begin_as_all_of_them() -> None:
         (SparseTraining("blok:4"), "did you mean 'block'"),
         (SparseTraining(side="left"), "permutation_side"),
         (SparseTraining(interval=0), "interval is an integer of at least 1"),
+        (SparseTraining(distribution="erc"), "did you mean 'erk'"),
+        (SparseTraining("nm:1:4", distribution="erk"), "which N:M fixes; use 'uniform'"),
+        (SparseTraining(method="magnitude", distribution="erk"), "prunes all layers alike"),
+        (SparseTraining(score="l3"), "score in DSTConfig: 'l3'"),
+        (SparseTraining(gradient_rows=0.0), "gradient_rows must be above 0"),
+        (SparseTraining(permutation="autoshuffle", threshold=1.5), "threshold must be at least 0 and at most 1"),
     ],
 )
 def test_short_names_that_make_no_sense_are_refused(training: SparseTraining, message: str) -> None:

@@ -335,6 +335,47 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path, text: Path, wor
     assert "Traceback" not in result.output
 
 
+TINY = ["--steps", "2", "--batch", "2", "--context", "8", "--eval-limit", "2", "--threads", "1"]
+
+
+def test_a_preset_decides_topology_permutations_and_learning_rate(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--preset", "structured_dynsparse", "--structure", "block:8", "--sparsity", "0.75", "--lr", "0.001", *TINY]
+    result = command(GPT, str(text), "--out", str(out), *words)
+    assert result.exit_code == 0, result.output
+    config = TrainConfig.from_dict(json.loads((out / "config.json").read_text()))
+    recipe = padst.presets.structured_dynsparse(8, 0.75, total_steps=2)
+    assert (config.sparsity, config.dst, config.lr) == (recipe.spec, recipe.config, 0.001 * recipe.learning_rate_factor)
+    refused = command(GPT, str(text), "--out", str(out), "--preset", "dsb", "--permutation-lr", "1", *TINY)
+    assert refused.exit_code == 2
+    assert "preset 'dsb' decides --permutation-lr; leave one of them out" in " ".join(refused.output.split())
+
+
+def test_options_of_training_reach_the_configuration(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    words = [
+        "--structure", "block:8", "--sparsity", "0.75", "--distribution", "erk", "--score", "l2", "--gradient-rows", "0.5",
+        "--mest-weight", "0.75", "--permutation", "autoshuffle", "--penalty-weight", "2", "--threshold", "0.2",
+        "--permutation-warmup", "0.3", "--permutation-lr", "0.25", "--deadline", "0.5", "--targets", "*.mlp.*",
+    ]  # fmt: skip
+    result = command(GPT, str(text), "--out", str(out), *words, *TINY)
+    assert result.exit_code == 0, result.output
+    config = TrainConfig.from_dict(json.loads((out / "config.json").read_text()))
+    learned = padst.LearnedPermutation(learning_rate=0.25, penalty_weight=2.0, threshold=0.2, warmup=0.3)
+    assert config.dst == padst.DSTConfig(total_steps=2, score="l2", gradient_rows=0.5, mest_weight=0.75, permutation=learned)
+    assert config.sparsity == padst.SparsitySpec(
+        padst.Block(8), 0.75, permutation="learned", distribution="erk", targets=("*.mlp.*",)
+    )
+
+
+def test_options_are_listed_in_groups() -> None:
+    shown = command("--help").output
+    groups = ["Sparse layers", "Topology", "Permutations", "Optimization", "Data", "Run"]
+    places = [shown.index(f"─ {group} ─") for group in groups]
+    assert places == sorted(places)
+    assert shown.index("--preset") < places[1] < shown.index("--gradient-rows") < places[2] < shown.index("--permutation-lr")
+
+
 def test_a_folder_of_another_run_names_what_differs(tmp_path: Path, text: Path) -> None:
     out = tmp_path / "run"
     config = configure(GPT, text, WAYS["dense"])

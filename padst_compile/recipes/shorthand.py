@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any, cast, get_args
 
 from padst_compile.errors import TrainingConfigError, UnknownFieldError
-from padst_compile.spec import PermutationKind, PermutationSide, SparsitySpec
+from padst_compile.spec import Distribution, PermutationKind, PermutationSide, SparsitySpec
 from padst_compile.structures import parse
 from padst_compile.training import DSTConfig, LearnedPermutation
-from padst_compile.training.config import Method, PermutationMethod
+from padst_compile.training.config import Method, PermutationMethod, UnitScore
 
 DENSE = "dense"
 FIXED = "none"  # as a method: no runtime at all; as a permutation: there is none
@@ -38,6 +38,14 @@ class SparseTraining:
         end: fraction of the training after which the topology stays.
         ablation: with rigl, SRigL's: outputs of N:M layers of which less than this fraction is salient are given up.
         deadline: fraction of the training after which learned permutations are hard, if they were not before.
+        distribution: of the sparsity over layers, uniform or erk.
+        score: of a unit, the norm of its weights or gradients: l1 or l2.
+        mest_weight: λ of mest, the weight of the gradient beside the magnitude.
+        gradient_rows: fraction of the output rows from which rigl estimates gradients.
+        penalty_weight: λ of autoshuffle.
+        threshold: of its normalised penalty, under which a permutation becomes hard.
+        permutation_warmup: fraction of the training over which λ rises.
+        permutation_lr: of soft matrices and logits, as a multiple of the method's own.
     """
 
     structure: str = "block:16"
@@ -52,6 +60,14 @@ class SparseTraining:
     end: float = 0.75
     ablation: float | None = None
     deadline: float = 0.5
+    distribution: str = "uniform"
+    score: str = "l1"
+    mest_weight: float = 1.0
+    gradient_rows: float = 1.0
+    penalty_weight: float = 1.0
+    threshold: float = 0.11
+    permutation_warmup: float = 0.1
+    permutation_lr: float = 1.0
 
     def resolve(self, *, steps: int, seed: int) -> tuple[SparsitySpec | None, DSTConfig | None]:
         """Specification and training of a run; both None if it is dense, the latter for method "none".
@@ -82,6 +98,10 @@ class SparseTraining:
         fixed = structure.natural_sparsity()
         if self.method in PRUNING and fixed is not None:
             raise TrainingConfigError(f"method {self.method!r} prunes step by step, and {self.structure} fixes the sparsity")
+        if self.method in PRUNING and self.distribution != "uniform":
+            raise TrainingConfigError(
+                f"method {self.method!r} prunes all layers alike; leave distribution {self.distribution!r} out"
+            )
         fields: dict[str, Any] = {"targets": self.targets} if self.targets else {}
         spec = SparsitySpec(
             structure=structure,
@@ -89,6 +109,7 @@ class SparseTraining:
             permutation="learned" if self.permutation in LEARNED else cast("PermutationKind", self.permutation),
             permutation_side=cast("PermutationSide", self.side),
             permutation_group="foldable" if self.foldable else "any",
+            distribution=cast("Distribution", self.distribution),
             seed=seed,
             **fields,
         )
@@ -97,7 +118,14 @@ class SparseTraining:
     def _training(self, steps: int, seed: int) -> DSTConfig:
         learned = None
         if self.permutation in LEARNED:
-            learned = LearnedPermutation(method=self.permutation, deadline=self.deadline)
+            learned = LearnedPermutation(
+                method=self.permutation,
+                learning_rate=self.permutation_lr,
+                penalty_weight=self.penalty_weight,
+                threshold=self.threshold,
+                warmup=self.permutation_warmup,
+                deadline=self.deadline,
+            )
         final = _SPARSITY if self.sparsity is None else self.sparsity
         return DSTConfig(
             method=cast("Method", self.method),
@@ -106,6 +134,9 @@ class SparseTraining:
             end=self.end,
             ablation=self.ablation,
             total_steps=steps,
+            score=cast("UnitScore", self.score),
+            mest_weight=self.mest_weight,
+            gradient_rows=self.gradient_rows,
             final_sparsity=final if self.method in PRUNING else None,
             permutation=learned,
             seed=seed,
