@@ -1,6 +1,8 @@
 """Layers beside everything that could run them: writes results/DEVICE-kernels.json.
 
     python benchmarks/kernels.py                    the CPU, one thread
+    python benchmarks/kernels.py --peers deepsparse sparselab onnxruntime
+                                                    and other libraries, installed below build/peers at first use
     python benchmarks/kernels.py --device cuda      the GPU
     python benchmarks/kernels.py --dry-run …        list the cases
 
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from foreign import REQUIREMENTS, Foreign, ForeignError, in_turns, install
 from peers import DENSE, DENSE_TUNED, OURS, UNPERMUTED, Layer
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +35,8 @@ from padst_compile.structures import parse
 from padst_compile.tolerance import allowed_error, relative_error
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torch BSR", "torch CSR", "gather + bmm", "torch 2:4")
+PEERS = ("torch BSR", "torch CSR", "gather + bmm")  # of the weight as it is, which is checked
+_SHOWN = 100  # letters of a reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,7 @@ def gpu_cases() -> list[Case]:
     ]
 
 
-def measure(case: Case, device: torch.device, budget: Budget) -> dict[str, Any]:
+def measure(case: Case, device: torch.device, budget: Budget, libraries: Sequence[str] = ()) -> dict[str, Any]:
     """Milliseconds of every candidate that runs and is right, and why the others are missing."""
     torch._dynamo.reset()
     layer = case.layer(device)
@@ -105,22 +111,45 @@ def measure(case: Case, device: torch.device, budget: Budget) -> dict[str, Any]:
     missing: dict[str, str] = {}
     expected = layer.expected()
     bound = allowed_error(relative_error([_dense(layer)], [expected]), layer.x.dtype)
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as processes:
         for name, prepare in layer.candidates():
             try:
                 run = prepare()
                 result = run()
             except Exception as error:  # a peer may refuse in any way
-                missing[name] = str(error).splitlines()[0][:100]
+                missing[name] = str(error).splitlines()[0][:_SHOWN]
                 continue
-            off = relative_error([result], [expected]) if name in PEERS[:3] else 0.0
+            off = relative_error([result], [expected]) if name in PEERS else 0.0
             if off > bound:
                 missing[name] = f"wrong by {off:.1e}"
             else:
                 ready[name] = run
-        seconds = raced_medians(ready, device.type, budget)
+        foreign = {}
+        for library in libraries:
+            try:
+                install(library)
+                peer = processes.enter_context(closing(Foreign(library, layer)))
+            except ForeignError as error:
+                missing[library] = str(error)[:_SHOWN]
+                continue
+            off = relative_error([peer.result], [expected])
+            if off > bound:
+                missing[library] = f"wrong by {off:.1e}"
+            else:
+                foreign[library] = peer
+        seconds = _medians(ready, foreign, device, budget)
     milliseconds = {name: 1e3 * value for name, value in seconds.items()}
-    return {**dataclasses.asdict(case), "density": layer.density, "milliseconds": milliseconds, "missing": missing}
+    versions = {name: peer.version for name, peer in foreign.items()}
+    found = {"density": layer.density, "milliseconds": milliseconds, "missing": missing, "versions": versions}
+    return {**dataclasses.asdict(case), **found}
+
+
+def _medians(
+    ready: dict[str, Callable[[], torch.Tensor]], foreign: dict[str, Foreign], device: torch.device, budget: Budget
+) -> dict[str, float]:
+    if not foreign:
+        return raced_medians(ready, device.type, budget)
+    return {name: statistics.median(times) for name, times in in_turns(ready, foreign, budget).items()}
 
 
 def _dense(layer: Layer) -> torch.Tensor:
@@ -149,12 +178,12 @@ def roof_fraction(result: dict[str, Any], roof: dict[str, float] | None) -> floa
     return float(1e3 * ideal / result["milliseconds"][OURS])
 
 
-def table_of(results: list[dict[str, Any]], roof: dict[str, float] | None, title: str) -> Table:
-    """One row per case."""
+def table_of(results: list[dict[str, Any]], roof: dict[str, float] | None, peers: Sequence[str], title: str) -> Table:
+    """One row per case, with a column for each of the peers."""
     table = Table(title=title, title_justify="left")
     table.add_column("layer")
     columns = ["best dense", "padst", "no permutation", "speed-up", "fraction of ideal", *(["roof"] if roof else [])]
-    for column in (*columns, *PEERS[: None if roof else 3]):
+    for column in (*columns, *peers):
         table.add_column(column, justify="right")
     for result in results:
         ms = result["milliseconds"]
@@ -168,7 +197,7 @@ def table_of(results: list[dict[str, Any]], roof: dict[str, float] | None, title
         ]  # fmt: skip
         if roof:
             cells.append(_cell(roof_fraction(result, roof), ""))
-        cells += [_cell(best / ms[name] if name in ms else None, "x") for name in PEERS[: None if roof else 3]]
+        cells += [_cell(best / ms[name] if name in ms else None, "x") for name in peers]
         table.add_row(str(case), *cells)
     return table
 
@@ -184,7 +213,10 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the cases")
     parser.add_argument("--quick", action="store_true", help="the first case, briefly, nothing written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--peers", nargs="+", choices=REQUIREMENTS, default=[], help="other libraries, on the CPU, from PyPI")
     arguments = parser.parse_args()
+    if arguments.peers and arguments.device != "cpu":
+        parser.error("--peers run on the CPU")
     cases = cpu_cases() if arguments.device == "cpu" else gpu_cases()
     console = Console(width=200)
     if arguments.dry_run:
@@ -199,10 +231,11 @@ def main() -> None:
     results = []
     for case in cases[:1] if arguments.quick else cases:
         console.print(f"measuring {case}")
-        results.append(measure(case, device, budget))
+        results.append(measure(case, device, budget, arguments.peers))
     machine = describe_machine()
     name = machine["cpu"] if device.type == "cpu" else machine["gpu"]
-    console.print(table_of(results, roof, f"{name}: speed-ups are against the better of dense compiled and dense tuned"))
+    peers = (*PEERS, "torch 2:4") if roof else (*PEERS, *arguments.peers)
+    console.print(table_of(results, roof, peers, f"{name}: speed-ups are against the better of dense compiled and dense tuned"))
     if not arguments.quick:
         file = "cpu-kernels.json" if device.type == "cpu" else f"{str(name).lower().replace(' ', '-')}-kernels.json"
         data = {"schema": 1, "machine": machine, "roofs": roof, "cases": results}
