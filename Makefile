@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training kernels-offline report mutants docs fuzz sanitize clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training gate kernels-offline report mutants docs fuzz sanitize clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -43,7 +43,7 @@ format: $(VENV)/.installed-dev ## rewrite what ruff can
 docs: $(VENV)/.installed-docs ## the documentation, as HTML in site/
 	$(PY) -m mkdocs build --strict
 
-bench: $(VENV)/.installed-demo ## measure; writes into benchmarks/results/
+bench: bench-cpu bench-training ## all measurements of speed on the CPU; writes into benchmarks/results/
 	$(PY) benchmarks/layers.py
 	$(PY) benchmarks/models.py
 	$(PY) benchmarks/training_layers.py
@@ -55,10 +55,13 @@ kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs 
 	TRITON_CACHE_DIR=$(CURDIR)/.cache/triton $(PY) -m padst_compile.kernels.offline --golden tests/golden/offline.json $(ARGS)
 
 bench-cpu: $(VENV)/.installed-demo ## layers beside every peer on the CPU; writes into benchmarks/results/
-	$(PY) benchmarks/kernels.py
+	$(PY) benchmarks/kernels.py --peers onnxruntime deepsparse sparselab
 
 bench-training: $(VENV)/.installed-demo ## training steps, memory and overhead of the runtime; writes into benchmarks/results/
 	$(PY) benchmarks/training.py
+
+gate: $(VENV)/.installed-base ## whether the results in NEW=folder are slower than the recorded ones
+	$(PY) benchmarks/gate.py $(NEW)
 
 report: $(VENV)/.installed-report ## one HTML page of all recorded results, in build/report
 	$(PY) benchmarks/evidence.py

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import markupsafe
+from listings import listings
 from ratios import RESULTS, Recorded, recorded
 from rich.console import Console
 
@@ -37,7 +38,8 @@ def main() -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string((HERE / "evidence.html").read_text()).render(
         parts=[_part(file, arguments.out) for file in recorded(arguments.results) if file.cases],
-        one_shot=_one_shot(arguments.results / "one-shot.json"),
+        listings=list(listings(arguments.results)),
+        where=_where,
         study=markupsafe.Markup("\n".join(_study(arguments.results / STUDY))),
     )
     replace_text(arguments.out / "index.html", page)
@@ -61,7 +63,10 @@ def _part(file: Recorded, out: Path) -> dict[str, Any]:
 
 def _where(machine: dict[str, Any]) -> str:
     device = machine["gpu"] or f"{machine['cpu']}, {machine['vector']}{', AMX' if machine['amx'] else ''}"
-    return f"{device}, {machine['threads']} CPU thread(s), torch {machine['torch']}, Python {machine['python']}"
+    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "timm", "transformers") if machine.get(name)]
+    compiler = [machine["compiler"]] if machine.get("compiler") else []
+    parts = (device, f"{machine['threads']} CPU thread(s)", f"Python {machine['python']}", *versions, *compiler)
+    return ", ".join(parts)
 
 
 def _draw(file: Recorded, columns: list[str], path: Path) -> None:
@@ -84,17 +89,11 @@ def _draw(file: Recorded, columns: list[str], path: Path) -> None:
     plt.close(figure)
 
 
-def _one_shot(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    data: dict[str, Any] = json.loads(path.read_text())
-    return {**data, "where": _where(data["machine"])}
-
-
 def _study(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return ["<h1>Accuracy study</h1>", *sections([json.loads(line) for line in path.read_text().splitlines()])]
+    head = f"<h1>Accuracy study</h1><p>from <code>{STUDY}</code></p>"
+    return [head, *sections([json.loads(line) for line in path.read_text().splitlines()])]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Whether new results are slower than the recorded ones: compares ratios against dense, which survive another machine's load.
 
+make gate NEW=folder
 python benchmarks/gate.py NEW            exit 1 if a ratio in the folder NEW is lower than the recorded one by over 10 %
 python benchmarks/gate.py NEW --recorded OLD --tolerance 0.2
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ratios import RESULTS, recorded
 from rich.console import Console
@@ -28,6 +30,17 @@ def ratios(folder: Path) -> dict[Key, float]:
     }
 
 
+def moved(before: Path, after: Path) -> dict[str, tuple[str, str]]:
+    """Files of both folders that were measured on different machines, with the names of those."""
+    old, new = ({file.file: _machine(file.machine) for file in recorded(folder)} for folder in (before, after))
+    return {file: (old[file], new[file]) for file in old.keys() & new.keys() if old[file] != new[file]}
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    vector = f"{machine['vector']}{', AMX' if machine['amx'] else ''}"
+    return f"{machine['gpu'] or machine['cpu']} ({vector}, {machine['threads']} thread(s))"
+
+
 def main() -> int:
     """Compare and print what fell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,6 +52,8 @@ def main() -> int:
     shared = sorted(before.keys() & after.keys())
     fallen = [key for key in shared if after[key] < before[key] * (1 - arguments.tolerance)]
     console = Console(width=200)
+    for file, (old, new) in moved(arguments.recorded, arguments.new).items():
+        console.print(f"{file}: recorded on {old}, new on {new}; ratios may differ with the machine")
     if fallen:
         table = Table(title="slower than recorded", title_justify="left")
         for column in ("result", "case", "candidate", "recorded", "now"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -15,8 +18,10 @@ from torch._dynamo.utils import counters
 import padst_compile as padst
 from padst_compile.autotune.measure import interleaved_samples
 from padst_compile.benchmarking.check import check_compiled
+from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import ModelCase, build_model, first_tensor
 from padst_compile.benchmarking.run import DENSE_DEFAULT, DENSE_FREEZING, SPARSE, Settings, compare
+from padst_compile.kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +106,22 @@ def test_the_gpu_script_knows_its_parts() -> None:
     result = subprocess.run([script, "everything"], env=environment, check=False, capture_output=True, text=True)
     assert result.returncode == 2
     assert "unknown part everything" in result.stderr
+
+
+def test_a_machine_is_described_with_its_versions_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native.load()  # once per process, with the real compiler
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'a compiler 1.2'\necho more\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    found = describe_machine()
+    assert found["compiler"] == "a compiler 1.2"
+    assert found["torch"] == torch.__version__
+    for package in ("triton", "timm", "transformers"):
+        assert found[package] == (importlib.metadata.version(package) if importlib.util.find_spec(package) else None)
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert describe_machine()["compiler"] is None
+    assert json.dumps(found)
 
 
 @pytest.mark.slow

@@ -33,6 +33,10 @@ def test_the_page_shows_every_recorded_case(tmp_path: Path) -> None:
     best, ours = models[0]["milliseconds"]["dense freezing"], models[0]["milliseconds"]["padst"]
     assert f"{min(best, models[0]['milliseconds']['dense default']) / ours:.2f}x" in page
     assert (tmp_path / "cpu-models.png").read_bytes().startswith(b"\x89PNG")
+    mlp = json.loads((RESULTS / "cpu-mlp.json").read_text())["cases"][0]
+    assert f"<td>{mlp['two'] / mlp['one']:.2f}</td>" in page
+    missing = [path.name for path in RESULTS.iterdir() if f"<code>{path.name}</code>" not in page]
+    assert missing == []
     assert "http" not in page.replace("http://www.w3.org", "")  # loads nothing
 
 
@@ -53,9 +57,22 @@ def unchanged(_: Path) -> None:
     pass
 
 
+def elsewhere(folder: Path) -> None:
+    """The models were measured on another processor."""
+    path = folder / "cpu-models.json"
+    data = json.loads(path.read_text())
+    data["machine"]["cpu"] = "Another Processor"
+    path.write_text(json.dumps(data))
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
-    [(unchanged, 0, "0 fell"), (slower, 1, "1 fell by more than 10%"), (nothing, 1, "no case in common")],
+    [
+        (unchanged, 0, "0 fell"),
+        (slower, 1, "1 fell by more than 10%"),
+        (nothing, 1, "no case in common"),
+        (elsewhere, 0, "new on Another Processor"),
+    ],
 )
 def test_the_gate_lets_through_what_is_no_slower(tmp_path: Path, change, code: int, message: str) -> None:
     new = tmp_path / "new"
@@ -64,3 +81,4 @@ def test_the_gate_lets_through_what_is_no_slower(tmp_path: Path, change, code: i
     done = script("gate.py", new)
     assert done.returncode == code, done.stdout + done.stderr
     assert message in done.stdout
+    assert ("cpu-models.json: recorded on" in done.stdout) == (change is elsewhere)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 from padst_compile.autotune.environment import cpu_name
 from padst_compile.kernels import native
 
+_PACKAGES = ("triton", "timm", "transformers")
+
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, versions and threads, as JSON."""
+    """Processor, versions and threads, as JSON; None for what is not there."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -24,6 +28,8 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{package: _version(package) for package in _PACKAGES},
+        "compiler": _compiler(),
         "native_kernels": native.load(),
     }
 
@@ -31,6 +37,22 @@ def describe_machine() -> dict[str, Any]:
 def cpu_has(flag: str) -> bool:
     """Whether the processor reports a feature flag (Linux)."""
     return flag in _cpuinfo("flags").split()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    """What the C++ compiler calls itself, which builds the native kernels."""
+    command = [os.environ.get("CXX", "c++"), "--version"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def _cpuinfo(field: str) -> str:
