@@ -38,7 +38,7 @@ def exported(layers: nn.Module) -> ExportedProgram:
 def assert_rounding_apart(found: torch.Tensor, layers: nn.Module, x: torch.Tensor) -> None:
     """`found` is as near to the model in float64 as the model in float32 is, a few times over."""
     with torch.no_grad():
-        exact = copy.deepcopy(layers).double()(x.double())
+        exact = copy.deepcopy(layers).double()(x.double() if x.is_floating_point() else x)
         bound = allowed_error(relative_error([layers(x)], [exact]), torch.float32)
     assert relative_error([found], [exact]) <= bound
 
@@ -98,6 +98,44 @@ def test_a_program_compiled_ahead_of_time_calls_our_ops(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for x, found in zip(inputs, torch.load(tmp_path / "outputs.pt"), strict=True):
         assert_rounding_apart(found, layers, x)
+
+
+class Logits(nn.Module):
+    """A transformers model as a function of its tokens alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+def tiny_vit() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    timm = pytest.importorskip("timm")
+    sizes = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 16, "num_classes": 5}
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes), (images,)
+
+
+def tiny_gpt2() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 50, "n_positions": 16}
+    return Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))), (torch.arange(24).reshape(2, 12),)
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_gpt2])
+def test_real_models_run_in_onnxruntime(build, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    layers, inputs = build()
+    padst.sparsify(layers.eval(), padst.SparsitySpec(padst.Block(8), sparsity=0.5, permutation="random"))
+    dense = padst.densify(copy.deepcopy(layers))
+    torch.onnx.export(dense, inputs, tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs[0].numpy()})
+    assert_rounding_apart(torch.from_numpy(found), layers, inputs[0])
 
 
 def test_a_densified_model_runs_in_onnxruntime(tmp_path: Path) -> None:
