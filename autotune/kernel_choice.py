@@ -55,11 +55,16 @@ def choose_kernel(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]
         runs: makes the product, and its gradients while training, for each of `problem.kernels`; called for measuring alone.
         effort: see `Effort`. While a CUDA graph is captured, nothing is measured.
     """
-    found = find(problem, lambda: tune_layer(problem, runs(), effort), effort)
-    choice = _by_cost_model(problem) if found is None else _by_measurement(problem, found)
+    choice = compare_kernels(problem, runs, effort)
     for observer in present(_observers):
         observer(problem, choice)
     return choice
+
+
+def compare_kernels(problem: LayerProblem, runs: Callable[[], Mapping[Kernel, Run]], effort: Effort) -> KernelChoice:
+    """`choose_kernel` for a layer that a program may not have in the end: no observer is told."""
+    found = find(problem, lambda: tune_layer(problem, runs(), effort), effort)
+    return _by_cost_model(problem) if found is None else _by_measurement(problem, found)
 
 
 def observed(observer: Observer) -> AbstractContextManager[None]:

@@ -22,11 +22,11 @@ from padst_compile.kernels import dispatch, triton_support
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
 from padst_compile.passes.costs import kind_of
-from padst_compile.passes.fold_diagonals import FOLDED_FROM
+from padst_compile.passes.fold_diagonals import FOLDED_ACTIVE, FOLDED_FROM
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
-from padst_compile.passes.interleave_blocks import interleaved
 from padst_compile.passes.native_calls import fate
+from padst_compile.passes.trial import Trial
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
 Policy: TypeAlias = Literal["measure", "sparse", "dense"]
@@ -157,33 +157,11 @@ class _Call:
 
     def runs(self, sparse: Kernel) -> dict[Kernel, Callable[[], Any]]:
         """The product on random activations, sparse and dense, with the backward pass while training."""
-        values, topology = self.static("values"), [self.facts.value(index) for index in argument(self.node, "topology")]
+        values, topology = self.static("values"), tuple(self.facts.value(index) for index in argument(self.node, "topology"))
         assert values is not None
-        training = not self.facts.inference
-        # Its own generator: compiling must not change the random numbers that a model draws.
-        generator = torch.Generator(self.device).manual_seed(0)
-        x = torch.randn(self.tokens, self.shape.in_features, device=self.device, generator=generator)
-        x = x.to(self.dtype).requires_grad_(training)
-        weight = parse(argument(self.node, "structure")).unpack(values, tuple(topology), self.shape)
-        values, weight = values.clone().requires_grad_(training), weight.requires_grad_(training)
-        bias, tables = self.static("bias"), [self.static(name) for _, name in _SIDES]
-        if not training and sparse == "native":
-            values = interleaved(self.structure, values, topology, self.shape)
-        size, name = self.shape.out_features, argument(self.node, "structure")
-
-        def run(product: Callable[[], torch.Tensor]) -> Callable[[], Any]:
-            def once() -> None:
-                with torch.set_grad_enabled(training):
-                    y = product()
-                if training:
-                    y.backward(torch.ones_like(y))
-
-            return once
-
-        return {
-            sparse: run(lambda: STRUCTURED_LINEAR(x, values, topology, bias, *tables, size, name)),
-            "dense": run(lambda: F.linear(x, weight, bias)),
-        }
+        tables = self.static("input_permutation"), self.static("output_permutation")
+        trial = Trial(self.structure, self.shape, values, topology, self.static("bias"), tables)
+        return trial.runs(self.tokens, sparse, training=not self.facts.inference)
 
     def decision(self, choice: KernelChoice) -> LayerDecision:
         fused = tuple(name for _, name in _SIDES if argument(self.node, name) is not None)
@@ -197,6 +175,9 @@ class _Call:
         return self.facts.value(argument(self.node, "values")).numel()
 
     def _active(self) -> int:
+        folded: int | None = self.node.meta.get(FOLDED_ACTIVE)
+        if folded is not None:
+            return folded
         topology = tuple(self.facts.value(index).cpu() for index in argument(self.node, "topology"))
         ones = torch.ones(self.shape.out_features, self.shape.in_features)
         return int(self.structure.pack(ones, topology).count_nonzero())

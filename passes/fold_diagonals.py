@@ -22,9 +22,10 @@ from padst_compile.passes.base import RewriteRule
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import STRUCTURED_LINEAR, argument, fake, is_call, set_arguments
 from padst_compile.passes.index_nodes import compose
-from padst_compile.structures import Diagonal, Shape, parse
+from padst_compile.structures import Block, Diagonal, Shape, parse
 
-FOLDED_FROM = "padst_folded_from"
+FOLDED_FROM = "padst_folded_from"  # the structure of a product that is one of blocks now
+FOLDED_ACTIVE = "padst_folded_active"  # the weights of such a product, where its blocks have zeros beside them
 _aten = torch.ops.aten
 
 
@@ -50,33 +51,53 @@ class FoldDiagonals(RewriteRule):
         return f"no kernel is faster with {block_size(structure, _shape(node)).to_string()}"
 
     def rewrite(self, node: fx.Node, facts: Context) -> None:
-        """Compute tables and values from those of the diagonals, and compose the tables with those that are there."""
-        graph, structure, shape = node.graph, _structure(node), _shape(node)
+        """Compute tables and values from those of the diagonals."""
+        structure, shape = _structure(node), _shape(node)
         assert structure is not None
-        blocks, (offsets,) = block_size(structure, shape), argument(node, "topology")
-        into, out = argument(node, "input_permutation"), argument(node, "output_permutation")
-        sizes = shape.out_features, shape.in_features, argument(node, "structure")
+        (offsets,), sizes = argument(node, "topology"), (shape.out_features, shape.in_features, argument(node, "structure"))
+        with node.graph.inserting_before(node):
+            tables = made(node, facts, torch.ops.padst.diagonal_blocks.default, offsets, *sizes)
+            flat = made(node, facts, _aten.reshape.default, argument(node, "values"), [-1])
+            multiply_blocks(node, facts, block_size(structure, shape), tables, flat)
 
-        def made(target: Any, *arguments: Any) -> fx.Node:
-            return facts.hoist(graph.call_function(target, arguments))
 
-        with graph.inserting_before(node):
-            tables = made(torch.ops.padst.diagonal_blocks.default, offsets, *sizes)
-            pointers, columns, entries, before, behind = (made(operator.getitem, tables, place) for place in range(5))
-            flat = made(_aten.reshape.default, argument(node, "values"), [-1])
-            reordered = made(_aten.index_select.default, flat, 0, entries)
-            values = made(_aten.reshape.default, reordered, [-1, blocks.columns, blocks.rows])
-            before = before if into is None else facts.hoist(compose(graph, into, before))
-            behind = behind if out is None else facts.hoist(compose(graph, behind, out))
-        node.meta[FOLDED_FROM] = argument(node, "structure")
-        set_arguments(
-            node,
-            values=values,
-            topology=[pointers, columns],
-            input_permutation=before,
-            output_permutation=behind,
-            structure=blocks.to_string(),
-        )
+def made(node: fx.Node, facts: Context, target: Any, *arguments: Any) -> fx.Node:
+    """A call in the graph of `node`, hoisted where that may be."""
+    return facts.hoist(node.graph.call_function(target, arguments))
+
+
+def multiply_blocks(
+    node: fx.Node, facts: Context, blocks: Block, tables: fx.Node, flat: fx.Node, *, reads: bool = True, writes: bool = True
+) -> None:
+    """Make a product of diagonals one of blocks, and compose the tables around these with those that are there.
+
+    Args:
+        node: the product, before which nodes are being inserted.
+        facts: of its graph.
+        blocks: the structure that it shall have.
+        tables: makes row pointers, columns, entries, input permutation and output permutation.
+        flat: the values that entries are indices of.
+        reads: whether the input permutation moves anything.
+        writes: whether the output permutation does.
+    """
+    graph, into, out = node.graph, argument(node, "input_permutation"), argument(node, "output_permutation")
+    parts = [made(node, facts, operator.getitem, tables, place) for place in range(5)]
+    pointers, columns, entries, before, behind = parts
+    reordered = made(node, facts, _aten.index_select.default, flat, 0, entries)
+    values = made(node, facts, _aten.reshape.default, reordered, [-1, blocks.columns, blocks.rows])
+    if reads:
+        into = before if into is None else facts.hoist(compose(graph, into, before))
+    if writes:
+        out = behind if out is None else facts.hoist(compose(graph, behind, out))
+    node.meta[FOLDED_FROM] = argument(node, "structure")
+    set_arguments(
+        node,
+        values=values,
+        topology=[pointers, columns],
+        input_permutation=into,
+        output_permutation=out,
+        structure=blocks.to_string(),
+    )
 
 
 def _structure(node: fx.Node) -> Diagonal | None:

@@ -23,6 +23,7 @@ from padst_compile.passes.cancel_permutations import CancelPermutations
 from padst_compile.passes.choose_kernels import ChooseKernels, LayerDecision, Policy
 from padst_compile.passes.compose_permutations import ComposePermutations
 from padst_compile.passes.context import Context, static_tensors
+from padst_compile.passes.fold_bands import FoldBands
 from padst_compile.passes.fold_diagonals import FoldDiagonals
 from padst_compile.passes.fold_into_norm import FoldIntoNorm
 from padst_compile.passes.fuse_activation import FuseActivation
@@ -55,6 +56,7 @@ RULES: tuple[type[Pass], ...] = (
     FuseInputPermutation,
     FuseOutputPermutation,
     FoldDiagonals,
+    FoldBands,
     PlacePermutations,
     AbsorbBias,
     UnfoldPatches,
@@ -239,6 +241,9 @@ class Pipeline:
         for rule in rules():
             choosing = rule in (ChooseKernels, FuseMlp)
             if rule.__name__ in self._disabled or (choosing and self._kernels is None):
+                continue
+            if rule is FoldBands:
+                chosen.append(FoldBands(measure=self._kernels == "measure", effort=self._autotune))
                 continue
             chosen.append(rule(self._kernels, self._autotune) if choosing else rule())  # type: ignore[call-arg]  # of those two
         return chosen

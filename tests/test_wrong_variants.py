@@ -29,6 +29,7 @@ from padst_compile.errors import InvalidPermutationError
 from padst_compile.kernels import native
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.block.reference import block_linear
+from padst_compile.kernels.diagonal import bands as diagonal_bands
 from padst_compile.kernels.diagonal import blocks as diagonal_blocks
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.options import Options
@@ -38,6 +39,7 @@ from padst_compile.passes import (
     choose_kernels,
     compose_permutations,
     context,
+    fold_bands,
     fold_diagonals,
     fold_into_norm,
     fuse_activation,
@@ -306,6 +308,17 @@ def classes_net() -> nn.Module:
         return STRUCTURED_LINEAR(x, layer.values, list(layer.topology), layer.bias, m.p, m.q, 96, CLASSES.to_string()) * 2
 
     return Net(function, layer=sparse(32, 96, structure=CLASSES), p=random_table(32), q=random_table(96, 1))
+
+
+def bands_net() -> nn.Module:
+    """A product of diagonals in one run that no block begins with, with tables of its own on both sides."""
+
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return STRUCTURED_LINEAR(x, m.values, [m.offsets], m.bias, m.p, m.q, 256, "diagonal") * 2
+
+    values, bias = nn.Parameter(torch.randn(97, 256)), nn.Parameter(torch.randn(256))
+    offsets = torch.arange(37, 37 + 97, dtype=torch.int32)
+    return Net(function, values=values, bias=bias, offsets=offsets, p=random_table(256), q=random_table(256, 1))
 
 
 # --- graphs, rewritten ---
@@ -701,6 +714,7 @@ BLOCK_GRAPHS: dict[str, Graph] = {
     "two block layers and another reader": block_layers(lambda m, h: m.middle(h) / (2 + h.abs()), "", ""),
     "two factors from one block layer": halves_graph(padst.Block(2), "activation", "gate"),
     "diagonals in classes": Graph(classes_net, 2, lambda: features(2, 3, 32), dtype=torch.float32),
+    "diagonals in a run": Graph(bands_net, 2, lambda: features(512, 256), dtype=torch.float32),
 }
 PAIR_GRAPHS: dict[str, Graph] = {
     "16-bit blocks": pairs_graph(padst.Block((8, 6)), "interleaved"),
@@ -777,6 +791,8 @@ CHANGES: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
     "other values of a layer that runs dense": ("both tables, run dense", lambda m: m.layer.values),
     "another norm weight": ("a norm between permutations", lambda m: m.weight),
     "other values of diagonals in classes": ("diagonals in classes", lambda m: m.layer.values),
+    "other values of diagonals in a run": ("diagonals in a run", lambda m: m.values),
+    "other offsets of diagonals in a run": ("diagonals in a run", lambda m: m.offsets),
     "another order of two factors": ("two factors from one layer, reordered", lambda m: m.up.permutation),
     "other values of 16-bit blocks": ("16-bit blocks", lambda m: m.layer.values),
 }
@@ -790,12 +806,13 @@ def change_check(name: str) -> str | None:
     options = Options(kernels=GRAPHS[of].kernels or "sparse", disable=() if GRAPHS[of].kernels else ("ChooseKernels",))
     tensor = tensor_of(model)
     original = tensor.detach().clone()
+    order = tensor.dtype == torch.int32 and permutation.is_identity(original.sort().values)
     with torch.no_grad():
         program, _ = backend.compile_graph(before.graph, before.inputs, options, lambda module, _: module)
         if not _agree(program(*before.inputs), before.graph(*before.inputs)):
             return "computes something else"
         try:
-            tensor.copy_(original.roll(1) if tensor.dtype == torch.int32 else original + 1)
+            tensor.copy_(original.roll(1) if order else original + 1)
             return None if _agree(program(*before.inputs), before.graph(*before.inputs)) else "gives a stale answer"
         finally:
             tensor.copy_(original)
@@ -1132,23 +1149,34 @@ VARIANTS: Mapping[str, Variant] = {
         interleave_blocks.InterleaveBlocks.rewrite, "_in_features(node), argument", 'argument(node, "out_features"), argument',
         "16-bit blocks"),
     "FoldDiagonals: the stride permutation before the table": Variant(
-        fold_diagonals.FoldDiagonals.rewrite, "compose(graph, into, before)", "compose(graph, before, into)",
-        "diagonals in classes"),
+        fold_diagonals.multiply_blocks, "compose(graph, into, before)", "compose(graph, before, into)", "diagonals in classes"),
     "FoldDiagonals: the table before the stride permutation": Variant(
-        fold_diagonals.FoldDiagonals.rewrite, "compose(graph, behind, out)", "compose(graph, out, behind)",
-        "diagonals in classes"),
+        fold_diagonals.multiply_blocks, "compose(graph, behind, out)", "compose(graph, out, behind)", "diagonals in classes"),
     "FoldDiagonals: drops the product's own table": Variant(
-        fold_diagonals.FoldDiagonals.rewrite, "before if into is None else", "before if True else", "diagonals in classes"),
+        fold_diagonals.multiply_blocks, "before if into is None else", "before if True else", "diagonals in classes"),
     "FoldDiagonals: values stay diagonals": Variant(
-        fold_diagonals.FoldDiagonals.rewrite, "made(_aten.index_select.default, flat, 0, entries)", "flat",
+        fold_diagonals.multiply_blocks, "made(node, facts, _aten.index_select.default, flat, 0, entries)", "flat",
         "diagonals in classes"),
     "FoldDiagonals: blocks transposed": Variant(
-        fold_diagonals.FoldDiagonals.rewrite, "[-1, blocks.columns, blocks.rows]", "[-1, blocks.rows, blocks.columns]",
+        fold_diagonals.multiply_blocks, "[-1, blocks.columns, blocks.rows]", "[-1, blocks.rows, blocks.columns]",
         "diagonals in classes"),
     "FoldDiagonals: reads by the place in the class": Variant(
         diagonal_blocks._read_by_class, ".reshape(-1, stride).T", ".reshape(stride, -1).T", "diagonals in classes"),
     "FoldDiagonals: entries do not wrap": Variant(
         diagonal_blocks._entries, "(p - q - borrow) % turns", "(p - q) % turns", "diagonals in classes"),
+    "FoldBands: offsets are not watched": Variant(
+        fold_bands.FoldBands.rewrite, "facts.assume(offsets)", "pass", "other offsets of diagonals in a run"),
+    "FoldBands: tables change sides": Variant(
+        fold_bands.FoldBands.rewrite, "reads=reads, writes=writes", "reads=writes, writes=reads", "diagonals in a run"),
+    "FoldBands: the last value stands for zeros": Variant(
+        diagonal_bands.band_tables, "width,), row.numel()", "width,), row.numel() - 1", "diagonals in a run"),
+    "FoldBands: blocks transposed": Variant(
+        diagonal_bands.band_tables, "* width + column % width) * height + row % height",
+        "* height + row % height) * width + column % width", "diagonals in a run"),
+    "FoldBands: columns of the whole grid": Variant(
+        diagonal_bands.band_tables, "occupied % block_columns", "occupied", "diagonals in a run"),
+    "FoldBands: inputs are read the other way": Variant(
+        diagonal_bands.band_tables, "inverse(at_input), at_output", "at_input, at_output", "diagonals in a run"),
     # constants
     "constants: not made anew": Variant(Program.refresh, "old.copy_(new)", "pass", "another dense weight"),
     "constants: their sources are not watched": Variant(
