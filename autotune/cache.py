@@ -147,6 +147,10 @@ def read_stored(data: Any) -> tuple[dict[str, Any], Entry]:
     entry = Entry.from_dict(data)
     first, names = entry.default.candidate, [timing.candidate.kernel for timing in entry.timings]
     wanted = [key["problem"]["kernel"]] if key["kind"] == "launch" else key["problem"]["kernels"]
+    left_out = [name for name, _ in entry.left_out]
+    if any(name not in wanted[1:-1] for name in left_out):
+        raise ValueError(f"{', '.join(left_out)} cannot be left out of {', '.join(wanted)}")
+    wanted = [name for name in wanted if name not in left_out]
     if first.tile is not None or list(dict.fromkeys(names)) != wanted:
         raise ValueError(f"measured {', '.join(names)}, not {', '.join(wanted)} from their defaults on")
     return key, entry

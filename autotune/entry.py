@@ -29,10 +29,12 @@ class Entry:
     Args:
         effort: that it was made with.
         timings: of all that was measured, the default first.
+        left_out: kernels that could not be measured, and why.
     """
 
     effort: Literal["quick", "full"]
     timings: tuple[Timing, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def default(self) -> Timing:
@@ -54,7 +56,7 @@ class Entry:
             }
             for timing in self.timings
         ]
-        return {"effort": self.effort, "candidates": candidates}
+        return {"effort": self.effort, "candidates": candidates, "left_out": dict(self.left_out)}
 
     @classmethod
     def from_dict(cls, data: Any) -> Entry:
@@ -65,7 +67,8 @@ class Entry:
         """
         if data["effort"] not in BUDGETS or not data["candidates"]:
             raise ValueError("no effort that measures, or nothing measured")
-        return cls(data["effort"], tuple(_timing(candidate) for candidate in data["candidates"]))
+        timings = tuple(_timing(candidate) for candidate in data["candidates"])
+        return cls(data["effort"], timings, _reasons(data.get("left_out", {})))
 
 
 def first_of_the_fastest(timings: tuple[Timing, ...]) -> Timing:
@@ -81,6 +84,12 @@ def _timing(data: Any) -> Timing:
     if not isinstance(kernel, str):
         raise TypeError(f"{kernel!r} is no kernel")
     return Timing(Candidate(kernel, None if data["tile"] is None else _tile(data["tile"])), seconds)
+
+
+def _reasons(data: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(data, dict) or not all(isinstance(reason, str) for reason in data.values()):
+        raise TypeError(f"{data!r} are no reasons")
+    return tuple(data.items())
 
 
 def _tile(data: Any) -> Tile:

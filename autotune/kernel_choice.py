@@ -9,7 +9,7 @@ from typing import cast
 
 from padst_compile.autotune.cost_model import layer_seconds
 from padst_compile.autotune.effort import Effort
-from padst_compile.autotune.entry import MARGIN, first_of_the_fastest
+from padst_compile.autotune.entry import MARGIN, Timing, first_of_the_fastest
 from padst_compile.autotune.finding import find
 from padst_compile.autotune.lookup import Found, Source
 from padst_compile.autotune.machine import machine
@@ -24,7 +24,7 @@ class KernelChoice:
     """What runs a layer, and why.
 
     Args:
-        kernel: "native" (C++), "triton", "registered" (somebody else's), "aten" or "dense".
+        kernel: "native" (C++), "triton", "registered" (somebody else's), "aten", "cusparselt" or "dense".
         reason: a sentence for the user.
         sparse_seconds: median time of the best sparse kernel, where it was measured.
         dense_seconds: median time of the dense product, where it was measured.
@@ -75,33 +75,46 @@ def observed(observer: Observer) -> AbstractContextManager[None]:
 def _by_measurement(problem: LayerProblem, found: Found) -> KernelChoice:
     winner, entry = found.entry.winner, found.entry
     kernel = cast("Kernel", winner.candidate.kernel)
-    dense = next(timing.seconds for timing in entry.timings if timing.candidate.kernel == "dense")
     sparse = tuple(timing for timing in entry.timings if timing.candidate.kernel != "dense")
     best = first_of_the_fastest(sparse) if kernel == "dense" else winner
-    comparison = _comparison(best.seconds, dense, dense_wins=kernel == "dense")
+    seconds = {timing.candidate.kernel: timing.seconds for timing in _best_of_each(entry.timings)}
+    seconds[best.candidate.kernel] = best.seconds
+    left_out = "".join(f"; {name} is left out: {reason}" for name, reason in entry.left_out)
     return KernelChoice(
         kernel=kernel,
-        reason=f"{comparison} at {found.tokens} tokens ({found.source})",
+        reason=f"{_comparison(seconds, kernel)} at {found.tokens} tokens ({found.source}){left_out}",
         sparse_seconds=best.seconds,
-        dense_seconds=dense,
+        dense_seconds=seconds["dense"],
         default_seconds=entry.default.seconds,
         tile=winner.candidate.tile,
         source=found.source,
     )
 
 
+def _best_of_each(timings: tuple[Timing, ...]) -> list[Timing]:
+    """The first of the fastest timings of each kernel, in the order of the kernels."""
+    kernels = dict.fromkeys(timing.candidate.kernel for timing in timings)
+    return [first_of_the_fastest(tuple(t for t in timings if t.candidate.kernel == kernel)) for kernel in kernels]
+
+
 def _by_cost_model(problem: LayerProblem) -> KernelChoice:
     on = machine(problem.device)
-    seconds = {kernel: layer_seconds(problem, kernel, on) for kernel in problem.kernels}
+    seconds: dict[str, float] = {kernel: layer_seconds(problem, kernel, on) for kernel in problem.kernels}
     kernel = min(problem.kernels, key=seconds.__getitem__)  # the first of equals: the default
-    sparse = min(seconds[name] for name in problem.kernels if name != "dense")
-    comparison = _comparison(sparse, seconds["dense"], dense_wins=kernel == "dense")
-    return KernelChoice(kernel, f"{comparison} at {problem.tokens} tokens (cost model)", source="cost model")
+    return KernelChoice(kernel, f"{_comparison(seconds, kernel)} at {problem.tokens} tokens (cost model)", source="cost model")
 
 
-def _comparison(sparse: float, dense: float, *, dense_wins: bool) -> str:
-    if dense_wins:
-        return f"sparse would be {sparse / dense:.1f}x slower than dense"
-    if sparse > dense / (1 + MARGIN):
-        return "as fast as dense"
-    return f"{dense / sparse:.1f}x faster than dense"
+def _comparison(seconds: Mapping[str, float], winner: str) -> str:
+    """The winner beside dense and all others, or, where dense wins, all others beside it."""
+    others = [name for name in seconds if name not in ("dense", winner)]
+    if winner != "dense":
+        return " and ".join(_gain(seconds, winner, name) for name in ("dense", *others))
+    (first, loss), *rest = [(name, f"{seconds[name] / seconds['dense']:.1f}x") for name in others]
+    more = "".join(f", {name} {factor}" for name, factor in rest)
+    return f"{first if rest else 'sparse'} would be {loss} slower than dense{more}"
+
+
+def _gain(seconds: Mapping[str, float], winner: str, other: str) -> str:
+    if seconds[winner] > seconds[other] / (1 + MARGIN):
+        return f"as fast as {other}"
+    return f"{seconds[other] / seconds[winner]:.1f}x faster than {other}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeAlias
 
-Kernel: TypeAlias = Literal["native", "triton", "registered", "aten", "dense"]
+Kernel: TypeAlias = Literal["native", "triton", "registered", "aten", "cusparselt", "dense"]
 
 _MOST_TOKENS = {"cpu": 1 << 12}  # what a measurement may take
 _MOST_TOKENS_ELSEWHERE = 1 << 16
@@ -25,7 +25,7 @@ class LayerProblem:
         permuted: which tables the kernel applies ("", "in", "out", "in+out").
         training: whether gradients are computed as well.
         device: type of the device, as in "cpu".
-        kernels: what can run the product, the default first.
+        kernels: what can run the product, the default first, dense last.
         epilogue: what follows the sums ("" or "bias").
         layout: order of the activations in memory, of inputs and of outputs, as in "token/token".
         precision: how the GPU multiplies float32, see `kernels.launch.Problem`; "ieee" elsewhere.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
+
+import torch
 
 from padst_compile.autotune.cost_model import ranked
 from padst_compile.autotune.effort import BUDGETS, Budget, Effort, satisfies
@@ -17,13 +20,31 @@ from padst_compile.autotune.lookup import library
 from padst_compile.autotune.machine import Machine, machine
 from padst_compile.autotune.measure import raced_seconds
 from padst_compile.autotune.problem import Kernel, LayerProblem
-from padst_compile.autotune.space import Candidate, FactsOf, no_facts, tiles_of, why_not, without_waste
+from padst_compile.autotune.space import Candidate, FactsOf, is_algorithm, no_facts, tiles_of, why_not, without_waste
 from padst_compile.autotune.tiles import default_tiles, device_of, forget, given_tiles, launch_key, recorded
+from padst_compile.errors import first_line
 from padst_compile.kernels.launch import Problem, Tile
 
 logger = logging.getLogger(__name__)
 
 Run: TypeAlias = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A run of what others wrote.
+
+    Args:
+        run: what is timed.
+        trial: what is run once before, and raises where the results are wrong.
+    """
+
+    run: Run
+    trial: Run
+
+    def __call__(self) -> None:
+        """The run."""
+        self.run()
 
 
 def tune_layer(problem: LayerProblem, runs: Mapping[Kernel, Run], effort: Effort) -> Entry:
@@ -36,16 +57,22 @@ def tune_layer(problem: LayerProblem, runs: Mapping[Kernel, Run], effort: Effort
 
     Returns:
         The times: of each sparse kernel with its default tiles, then with the best ones where these are others; last, dense.
+        Sparse kernels besides the default may fail, and are left out then.
     """
     candidates: dict[Candidate, Run] = {}
+    left_out: list[tuple[str, str]] = []
     for kernel in problem.kernels:
+        reason = None if kernel in (problem.kernels[0], "dense") else _failure(_within(default_tiles, runs[kernel]))
+        if reason is not None:
+            left_out.append((kernel, reason))
+            continue
         launches = [] if kernel == "dense" else launches_of(runs[kernel])
         best = {launch: _best_tile(launch, runs[kernel], effort) for launch in launches}
         candidates[Candidate(kernel)] = _within(default_tiles, runs[kernel])
         if any(best.values()):
             first, tile = next(iter(best.items()))
             candidates[Candidate(kernel, tile or tiles_of(first)[0])] = _with_tiles(best, runs[kernel])
-    return measured(candidates, problem.device, effort)
+    return dataclasses.replace(measured(candidates, problem.device, effort), left_out=tuple(left_out))
 
 
 def launches_of(run: Run) -> list[Problem]:
@@ -58,14 +85,18 @@ def launches_of(run: Run) -> list[Problem]:
 def worth_measuring(
     problem: Problem, tiles: tuple[Tile, ...], budget: Budget, on: Machine, facts: FactsOf = no_facts
 ) -> list[Tile]:
-    """The tiles to measure: the default, then those that the cost model likes best and that compile well."""
+    """The tiles to measure: the default, then those that the cost model likes best and that compile well.
+
+    Algorithms of a library, of which the model knows nothing, are all measured: none of them has to be compiled.
+    """
     default, *others = tiles
     chosen: list[Tile] = []
     order = ranked(problem, without_waste(problem, others), on)
     if budget.tiles is None:
         facts = _asked_at_once(problem, order, facts)
     for tile in order:
-        if budget.tiles is not None and (len(chosen) >= budget.tiles or _size(tile) in map(_size, chosen)):
+        few = budget.tiles is not None and not is_algorithm(tile)
+        if few and (len(chosen) == budget.tiles or _size(tile) in map(_size, chosen)):
             continue  # where few are measured, they should differ in more than the model can tell
         known = facts(problem, tile)
         reason = None if known is None else why_not(known, on, tile)
@@ -114,10 +145,25 @@ def measured(candidates: Mapping[Candidate, Run], device: str, effort: Effort) -
     return Entry(effort, tuple(Timing(candidate, seconds[candidate]) for candidate in usable))
 
 
+def _failure(run: Run) -> str | None:
+    """The beginning of what a kernel raises on this device, or None."""
+    try:
+        _trial(run)()
+    except torch.OutOfMemoryError:  # says nothing about the kernel
+        raise
+    except Exception as error:  # libraries and drivers raise what they like
+        return first_line(error)
+    return None
+
+
+def _trial(run: Run) -> Run:
+    return run.trial if isinstance(run, Checked) else run
+
+
 def _runs(candidate: Candidate, run: Run) -> bool:
     """Whether a candidate can be launched: a tile may need more of the device than it has."""
     try:
-        run()
+        _trial(run)()
     except Exception as error:  # compilers and drivers raise what they like
         logger.debug("%s is left out: %s", candidate, error)
         return False
@@ -129,6 +175,9 @@ def _with_tiles(tiles: Mapping[Problem, Tile | None], run: Run) -> Run:
 
 
 def _within(context: Callable[[], AbstractContextManager[None]], run: Run) -> Run:
+    if isinstance(run, Checked):
+        return Checked(_within(context, run.run), _within(context, run.trial))
+
     def once() -> None:
         with context():
             run()

@@ -82,9 +82,16 @@ def without_waste(problem: Problem, tiles: Sequence[Tile]) -> list[Tile]:
     return [tile for tile in tiles if tile.tokens <= enough]
 
 
+def is_algorithm(tile: Tile) -> bool:
+    """Whether a tile names an algorithm of a library, which has no size to rank it by."""
+    return not (tile.tokens or tile.outputs or tile.depth) and tile.variant != Tile.variant
+
+
 def describe_tile(tile: Tile) -> str:
     """A tile in a few characters, as tables show it: what it leaves to the kernel is left out."""
     size = "x".join(str(n) for n in (tile.tokens, tile.outputs, tile.depth) if n)
+    if is_algorithm(tile):
+        return tile.variant
     if not tile.outputs:
         return f"{size} tokens" if size else "default"
     return f"{size} warps={tile.warps} stages={tile.stages} group={tile.group} {tile.variant}"

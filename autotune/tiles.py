@@ -16,6 +16,7 @@ from padst_compile.autotune.environment import environment
 from padst_compile.autotune.keys import Key
 from padst_compile.autotune.lookup import Found, library
 from padst_compile.autotune.scoped import Entries, added, present
+from padst_compile.autotune.space import is_algorithm
 from padst_compile.kernels import launch
 from padst_compile.kernels.launch import Chooser, Problem, Tile
 
@@ -30,9 +31,16 @@ def tuned_tile(problem: Problem) -> Tile | None:
     # What a call pays for: the threads and the folder may change while the process runs.
     place = problem, torch.get_num_threads(), os.environ.get("PADST_CACHE_DIR")
     if place not in _known:
-        found = find(launch_key(problem))
-        _known[place] = None if found is None else found.entry.winner.candidate.tile
+        _known[place] = _known_tile(problem)
     return _known[place]
+
+
+def _known_tile(problem: Problem) -> Tile | None:
+    found = find(launch_key(problem))
+    tile = None if found is None else found.entry.winner.candidate.tile
+    # An algorithm of a library was tried where it was measured, and may be wrong elsewhere.
+    untried = found is not None and found.source == "nearest bucket"
+    return None if untried and tile is not None and is_algorithm(tile) else tile
 
 
 def find(key: Key) -> Found | None:

@@ -232,6 +232,11 @@ class WrongPassError(NotEquivalentError):
         self.name, self.script = name, script
 
 
+def first_line(error: Exception) -> str:
+    """The beginning of what another library raised, for the middle of a sentence; its type where it says nothing."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, else the sorted choices."""
     choices = sorted(known)

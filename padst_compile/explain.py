@@ -36,7 +36,8 @@ class LayerExplanation:
         shape: "in -> out" features.
         structure: short form, or "dense"; "diagonal:16 as block:64x16" where the layer runs as another structure.
         density: active weights as a fraction.
-        kernel: "native" (C++), "triton", "registered", "aten", "dense", or "eager" if no graph reaches it.
+        kernel: "native" (C++), "triton", "registered", "aten", "cusparselt" (sparse tensor cores), "dense", or "eager" if no
+            graph reaches it.
         fused: what the kernel does besides multiplying ("bias", "input_permutation", "output_permutation", "activation",
             "gate", "residual", "feature-major input", "feature-major output"; "mlp" where two layers are one kernel).
         reason: why this kernel, or why the layer is dense.

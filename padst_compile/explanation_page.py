@@ -12,7 +12,7 @@ from padst_compile.explain import Explanation
 from padst_compile.files import replace_text
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
-_SPARSE = ("native", "triton", "registered", "aten")
+_SPARSE = ("native", "triton", "registered", "aten", "cusparselt")
 
 
 def explanation_page(explanation: Explanation, title: str, facts: Mapping[str, str], picture: str = "") -> str:

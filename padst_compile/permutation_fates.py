@@ -20,6 +20,7 @@ from padst_compile.structures import parse
 Outcome: TypeAlias = Literal[
     "folded into neighbours",
     "folded into the dense weight",
+    "folded into the 2:4 weight",
     "read by the kernel",
     "written by the kernel",
     "separate op",
@@ -33,6 +34,7 @@ _REASONS = {
 }
 _FOLDED_REASON = "the parameters around it are stored in its order"
 _DENSE_REASON = "the layer runs dense: its columns or rows are stored in that order"
+_TWO_OF_FOUR_REASON = "the layer runs on sparse tensor cores: its rows are stored in that order"
 _TRAINING = "training: its values may change at every step"
 _UNKNOWN = "no rule applies to it"
 
@@ -80,7 +82,9 @@ def permutation_fates(compilation: Compilation, sides: Mapping[str, str], device
 
 
 def _in_kernel(decision: LayerDecision, side: Side, why: _Reasons, device: str) -> PermutationFate:
-    if decision.choice.kernel == "dense":
+    if side in decision.folded:
+        if decision.choice.kernel == "cusparselt":
+            return PermutationFate(decision.layer, side, "folded into the 2:4 weight", _TWO_OF_FOUR_REASON)
         return PermutationFate(decision.layer, side, "folded into the dense weight", _DENSE_REASON)
     dtype: torch.dtype = getattr(torch, decision.dtype)
     model = CostModel(dtype.itemsize, device)

@@ -1,14 +1,15 @@
-"""structured_linear(x, S, …)  ==  native or Triton kernel of S   or   F.linear(x, dense(S), b)
+"""structured_linear(x, S, …)  ==  native or Triton kernel of S   or   F.linear(x, dense(S), b)   or   2:4 product of dense(S)
 
 Lowers every structured product to the fastest thing that computes it here. In inference the native op is called directly,
-and the dense weight of a layer that stays dense, its permutations folded in, is made once. While training the op keeps
-its gradients, so only the choice between sparse and dense is made.
+and the dense weight of a layer that stays dense, its permutations folded in, is made once. So is the packed weight of an N:M
+layer that sparse tensor cores multiply: its rows take on the order of the outputs, while another order of its columns would
+not be 2:4 any more, so that inputs are permuted before the product. While training the op keeps its gradients, so only the
+choice between sparse and dense is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 from padst_compile.autotune.effort import Effort
 from padst_compile.autotune.kernel_choice import KernelChoice, choose_kernel
 from padst_compile.autotune.problem import Kernel, LayerProblem, token_bucket
+from padst_compile.autotune.search import Run
 from padst_compile.kernels import dispatch, triton_support
+from padst_compile.kernels.cusparselt import support
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
 from padst_compile.passes.costs import kind_of
@@ -30,6 +33,9 @@ from padst_compile.passes.trial import Trial
 from padst_compile.structures import Shape, Structure, Unstructured, parse
 
 Policy: TypeAlias = Literal["measure", "sparse", "dense"]
+
+_TWO_OF_FOUR_PACK = torch.ops.padst.two_of_four_pack.default
+_TWO_OF_FOUR_LINEAR = torch.ops.padst.two_of_four_linear.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,13 @@ class LayerDecision:
         """The sides that the product reads or writes through an index table."""
         sides: tuple[Side, ...] = ("input", "output")
         return tuple(side for side in sides if f"{side}_permutation" in self.fused)
+
+    @property
+    def folded(self) -> tuple[Side, ...]:
+        """Those of them whose order a weight took on that is made once."""
+        if self.choice.kernel == "cusparselt":
+            return tuple(side for side in self.tables if side == "output")
+        return self.tables if self.choice.kernel == "dense" else ()
 
 
 class ChooseKernels(RewriteRule):
@@ -79,7 +92,7 @@ class ChooseKernels(RewriteRule):
     def run(self, facts: Context) -> RuleReport:
         """Choose for every product."""
         report = super().run(facts)
-        report.tables_removed = sum(len(d.tables) for d in self.decisions if d.choice.kernel == "dense")
+        report.tables_removed = sum(len(decision.folded) for decision in self.decisions)
         return report
 
     def matches(self, node: fx.Node) -> bool:
@@ -100,6 +113,8 @@ class ChooseKernels(RewriteRule):
         decision, native = call.decision(choice), None
         if choice.kernel == "dense":
             _lower_to_dense(call)
+        elif choice.kernel == "cusparselt":
+            _lower_to_two_of_four(call)
         elif facts.inference and choice.kernel in ("native", "triton"):
             native = _lower_to_native(call, choice)
         self._decided.append((decision, native))
@@ -114,7 +129,9 @@ class ChooseKernels(RewriteRule):
             return KernelChoice(sparse, "asked for by options={'kernels': 'sparse'}")
         if sparse == "aten" and kind_of(call.structure) == "dense":
             return KernelChoice("dense", f"nobody registered a kernel for {call.structure.kind} that runs here")
-        return choose_kernel(call.problem(sparse), lambda: call.runs(sparse), self.effort)
+        kernels, note = call.candidates(sparse)
+        choice = choose_kernel(call.problem(kernels), lambda: call.runs(kernels), self.effort)
+        return dataclasses.replace(choice, reason="; ".join(filter(None, (choice.reason, note))))
 
 
 def _with_fusions(decision: LayerDecision, native: fx.Node) -> LayerDecision:
@@ -146,22 +163,33 @@ class _Call:
         value = self.facts.value(node)
         return value.to(self.dtype) if value.is_floating_point() else value
 
-    def problem(self, sparse: Kernel) -> LayerProblem:
+    def candidates(self, sparse: Kernel) -> tuple[tuple[Kernel, ...], str]:
+        """What can run the product, the default first and dense last, and what is told of others."""
+        if not support.considered(self.structure, self.device):
+            return (sparse, "dense"), ""
+        reason: str | None = "it computes no gradients"
+        if self.facts.inference:
+            reason = support.why_not(self.structure, self.shape, self.device, self.dtype)
+        if reason is None:
+            return (sparse, "cusparselt", "dense"), ""
+        return (sparse, "dense"), f"cusparselt is left out: {reason}"
+
+    def problem(self, kernels: tuple[Kernel, ...]) -> LayerProblem:
         tables = [side for side, name in _SIDES if argument(self.node, name) is not None]
         return LayerProblem(
             argument(self.node, "structure"), self.shape.in_features, self.shape.out_features, self._stored(), self.tokens,
             str(self.dtype).removeprefix("torch."), "+".join(tables), not self.facts.inference, self.device.type,
-            (sparse, "dense"), "" if argument(self.node, "bias") is None else "bias",
+            kernels, "" if argument(self.node, "bias") is None else "bias",
             precision=triton_support.precision_on(self.device, self.dtype),
         )  # fmt: skip
 
-    def runs(self, sparse: Kernel) -> dict[Kernel, Callable[[], Any]]:
-        """The product on random activations, sparse and dense, with the backward pass while training."""
+    def runs(self, kernels: tuple[Kernel, ...]) -> dict[Kernel, Run]:
+        """The product on random activations, by kernel, with the backward pass while training."""
         values, topology = self.static("values"), tuple(self.facts.value(index) for index in argument(self.node, "topology"))
         assert values is not None
         tables = self.static("input_permutation"), self.static("output_permutation")
         trial = Trial(self.structure, self.shape, values, topology, self.static("bias"), tables)
-        return trial.runs(self.tokens, sparse, training=not self.facts.inference)
+        return trial.runs(self.tokens, kernels, training=not self.facts.inference)
 
     def decision(self, choice: KernelChoice) -> LayerDecision:
         fused = tuple(name for _, name in _SIDES if argument(self.node, name) is not None)
@@ -201,9 +229,7 @@ def _lower_to_native(call: _Call, choice: KernelChoice) -> fx.Node:
             ),
             dispatch.tile_arguments(call.structure, choice.kernel, tokens),
         )  # fmt: skip
-    native.meta = dict(node.meta)
-    node.replace_all_uses_with(native)
-    graph.erase_node(node)
+    _replace(node, native)
     return native
 
 
@@ -213,21 +239,41 @@ def _lower_to_dense(call: _Call) -> None:
     x, bias = argument(node, "x"), argument(node, "bias")
     in_table, out_table = argument(node, "input_permutation"), argument(node, "output_permutation")
     with graph.inserting_before(node):
-        weight = call.facts.hoist(
-            graph.call_function(
-                TO_DENSE,
-                (argument(node, "values"), argument(node, "topology"), call.shape.out_features, call.shape.in_features,
-                 argument(node, "structure")),
-            )
-        )  # fmt: skip
+        weight = _dense_weight(call, argument(node, "values"))
         if in_table is not None:
             weight = call.facts.hoist(select(graph, weight, call.facts.hoist(invert(graph, in_table)), axis=1))
         if out_table is not None:
             weight = call.facts.hoist(select(graph, weight, out_table, axis=0))
         dense = graph.call_function(F.linear, (x, weight, bias))
-    dense.meta = dict(node.meta)
-    node.replace_all_uses_with(dense)
-    graph.erase_node(node)
+    _replace(node, dense)
+
+
+def _lower_to_two_of_four(call: _Call) -> None:
+    """The product on sparse tensor cores with a weight packed once, its rows in the order of the outputs."""
+    node, graph = call.node, call.node.graph
+    out_table = argument(node, "output_permutation")
+    with graph.inserting_before(node):
+        x, values, bias = (_cast(call, argument(node, name)) for name in ("x", "values", "bias"))
+        weight = _dense_weight(call, values)
+        if out_table is not None:
+            weight = call.facts.hoist(select(graph, weight, out_table, axis=0))
+        packed = call.facts.hoist(graph.call_function(_TWO_OF_FOUR_PACK, (weight,)))
+        product = graph.call_function(
+            _TWO_OF_FOUR_LINEAR, (x, packed, bias, argument(node, "input_permutation"), call.shape.out_features)
+        )
+    _replace(node, product)
+
+
+def _dense_weight(call: _Call, values: fx.Node) -> fx.Node:
+    sizes = call.shape.out_features, call.shape.in_features
+    arguments = values, argument(call.node, "topology"), *sizes, argument(call.node, "structure")
+    return call.facts.hoist(call.node.graph.call_function(TO_DENSE, arguments))
+
+
+def _replace(node: fx.Node, product: fx.Node) -> None:
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _cast(call: _Call, node: Any) -> Any:

@@ -149,7 +149,7 @@ class _Product:
 
     def _compared(self, trial: Trial, effort: Effort) -> KernelChoice:
         problem = self._problem(trial.structure, trial.values.numel(), *trial.tables)
-        return compare_kernels(problem, lambda: trial.runs(self.tokens, problem.kernels[0], training=False), effort)
+        return compare_kernels(problem, lambda: trial.runs(self.tokens, problem.kernels, training=False), effort)
 
     def _as_it_is(self) -> Trial:
         into, out = self._static("input_permutation"), self._static("output_permutation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from padst_compile.autotune.problem import Kernel
+from padst_compile.autotune.search import Checked, Run
+from padst_compile.kernels.cusparselt.op import two_of_four_linear, two_of_four_pack
+from padst_compile.kernels.cusparselt.trial import assert_exact
 from padst_compile.passes.graph import STRUCTURED_LINEAR
 from padst_compile.passes.interleave_blocks import interleaved
 from padst_compile.structures import Shape, Structure, Topology
@@ -35,8 +39,9 @@ class Trial:
     bias: torch.Tensor | None
     tables: tuple[torch.Tensor | None, torch.Tensor | None]
 
-    def runs(self, tokens: int, sparse: Kernel, *, training: bool) -> dict[Kernel, Callable[[], Any]]:
-        """The product on its sparse kernel and dense, with the backward pass while training."""
+    def runs(self, tokens: int, kernels: tuple[Kernel, ...], *, training: bool) -> dict[Kernel, Run]:
+        """The product on its kernels, the structure's first, with the backward pass while training."""
+        sparse, *_ = kernels
         values, device, dtype = self.values, self.values.device, self.values.dtype
         # Its own generator: compiling must not change the random numbers that a model draws.
         generator = torch.Generator(device).manual_seed(0)
@@ -56,7 +61,12 @@ class Trial:
 
             return once
 
-        return {
+        found: dict[Kernel, Run] = {
             sparse: run(lambda: STRUCTURED_LINEAR(x, values, list(self.topology), self.bias, *self.tables, size, name)),
             "dense": run(lambda: F.linear(x, weight, self.bias)),
         }
+        if "cusparselt" in kernels:
+            packed = functools.cache(lambda: two_of_four_pack(weight))  # which may fail: then it is left out
+            product = run(lambda: two_of_four_linear(x, packed(), self.bias, self.tables[0], size))
+            found["cusparselt"] = Checked(product, lambda: assert_exact(weight, x, self.bias))
+        return found

@@ -922,11 +922,38 @@ def cheapest_labels() -> str | None:
     return None
 
 
+@functools.cache
+def packed_product() -> Captured:
+    """The graph of a product of short rows with tables of its own."""
+
+    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
+        layer = m.layer
+        return STRUCTURED_LINEAR(x, layer.values, list(layer.topology), layer.bias, m.a, m.b, HIDDEN, ROWS.to_string()) * 2
+
+    torch.manual_seed(0)
+    net = Net(function, layer=sparse(WIDTH, HIDDEN, structure=ROWS), a=random_table(WIDTH), b=random_table(HIDDEN))
+    with torch.no_grad():
+        return capture(net.to(torch.bfloat16).eval(), features().to(torch.bfloat16))
+
+
+def sparse_tensor_cores() -> str | None:
+    """A product lowered to a packed weight, which needs neither a GPU nor a measurement."""
+    before = packed_product()
+    facts = before.context(inference=True)
+    (product,) = facts.module.graph.find_nodes(op="call_function", target=STRUCTURED_LINEAR)
+    choose_kernels._lower_to_two_of_four(choose_kernels._Call(product, facts))
+    facts.module.recompile()
+    with torch.no_grad():
+        verdict = padst.verify(before.graph, facts.module, *before.inputs, seeds=(0,))
+    return None if verdict else "computes something else"
+
+
 BATTERY: dict[str, Callable[[], str | None]] = {
     **{name: functools.partial(graph_check, name) for name in GRAPHS},
     **{name: functools.partial(change_check, name) for name in CHANGES},
     "the algebra": algebra,
     "ragged kernels": ragged_kernels,
+    "sparse tensor cores": sparse_tensor_cores,
     "the cheapest orders": cheapest_orders,
     "the cheapest labels": cheapest_labels,
 }
@@ -1042,6 +1069,13 @@ VARIANTS: Mapping[str, Variant] = {
         "weight, call.facts.hoist(invert(graph, out_table)), axis=0", "both tables, run dense"),
     "dense lowering: drops the bias": Variant(
         choose_kernels._lower_to_dense, "(x, weight, bias)", "(x, weight, None)", "both tables, run dense"),
+    "2:4 lowering: inverts the rows": Variant(
+        choose_kernels._lower_to_two_of_four, "weight, out_table, axis=0",
+        "weight, call.facts.hoist(invert(graph, out_table)), axis=0", "sparse tensor cores"),
+    "2:4 lowering: drops the bias": Variant(
+        choose_kernels._lower_to_two_of_four, "(x, packed, bias, ", "(x, packed, None, ", "sparse tensor cores"),
+    "2:4 lowering: forgets the order of the inputs": Variant(
+        choose_kernels._lower_to_two_of_four, 'argument(node, "input_permutation")', "None", "sparse tensor cores"),
     "block kernel: the last block reads before its tile": Variant(
         block_aten._tiles, "(0, count * width - x.shape[1])", "(count * width - x.shape[1], 0)", "ragged kernels"),
     "block kernel: padding is kept, features are lost": Variant(
@@ -1357,6 +1391,8 @@ def prepare(check: str) -> None:
     """Capture what a check rewrites, before anything is wrong."""
     if check == "the cheapest orders":
         contradictions()
+    elif check == "sparse tensor cores":
+        packed_product()
     elif check in GRAPHS or check in CHANGES:
         captured(CHANGES[check][0] if check in CHANGES else check)
 
@@ -1366,6 +1402,7 @@ def _forget_the_captured_graphs() -> Iterator[None]:
     yield
     captured.cache_clear()
     contradictions.cache_clear()
+    packed_product.cache_clear()
 
 
 @pytest.mark.parametrize("check", BATTERY)

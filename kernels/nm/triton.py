@@ -14,9 +14,8 @@ What the kernels take alike: `x`, `grad` and `y` point to activations, whose str
 `bias`, `gate` and `residual` are those of `epilogue.finish`: each of them a pointer or None. N, M and VECTOR are those of the
 structure; TOKENS, OUTPUTS and DEPTH those of the tile: powers of two, from 16 on for `dot`.
 
-A way that is not taken yet: an aligned quad of columns meets at most two groups of M >= 4, so every 1:M choice is also a legal
-2:4 one, which the sparse tensor cores of Ampere and later multiply at up to twice the dense rate (cuSPARSELt, in PyTorch
-`torch.sparse.to_sparse_semi_structured`). For rows that share nothing that is the only form beyond dense in 16 bits.
+Rows that share nothing have another form in 16 bits, which a tuner compares with this one: every 1:M choice is a 2:4 one, too,
+which sparse tensor cores multiply at up to twice the dense rate (`kernels/cusparselt/`).
 """
 
 import dataclasses

@@ -31,6 +31,16 @@ def _to_dense(values: Any, topology: Sequence[Any], out_features: int, in_featur
     return parse(structure).unpack(values, tuple(topology), Shape(out_features, in_features))
 
 
+@definition("padst::two_of_four_pack")
+def _two_of_four_pack(weight: Any) -> Any:
+    return weight
+
+
+@definition("padst::two_of_four_linear")
+def _two_of_four_linear(x: Any, packed: Any, bias: Any, input_permutation: Any, out_features: int) -> Any:
+    return F.linear(x if input_permutation is None else x.index_select(-1, input_permutation), packed, bias)
+
+
 @definition("padst::structured_linear")
 def _structured_linear(
     x: Any, values: Any, topology: Sequence[Any], bias: Any, input_permutation: Any, output_permutation: Any,
