@@ -103,10 +103,29 @@ def _mutants(data: Data) -> _Parts:
     return f"Mutation testing: score {data['score']:.3f}", note, ("module", *outcomes), rows
 
 
+def _block_sharing(data: Data) -> _Parts:
+    counts = ("shared", "shared_in_order", "pair_stored", "pair_traffic", "square_stored")
+    rows = (
+        (
+            f"{c['in_features']} -> {c['out_features']}", f"{c['side']}", f"{c['sparsity']:.0%}", c["mask"],
+            *(f"{c[count]:.2f}" for count in counts),
+        )
+        for c in data["cases"]
+    )  # fmt: skip
+    note = (
+        "Counts. Share of its block columns that a block row has in common with the one before, as drawn and in the best order "
+        "found; what tiles of two block rows store and read from the shared cache, and what blocks of twice the side store, "
+        "each over the blocks as they are."
+    )
+    columns = ("layer", "block", "zeros", "mask", "shared", "in order", "pairs store", "pairs read", "squares store")
+    return "What neighbouring blocks share", note, columns, rows
+
+
 _READERS: dict[str, Callable[[Data], _Parts]] = {
     "*-mlp.json": _mlp,
     "*-permute-costs.json": _permute_costs,
     "*-pass-time.json": _pass_time,
     "one-shot.json": _one_shot,
     "mutants.json": _mutants,
+    "block-sharing.json": _block_sharing,
 }
