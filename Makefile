@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training gate kernels-offline report mutants docs fuzz sanitize clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training training-matrix gate kernels-offline report mutants docs fuzz sanitize clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -60,6 +60,9 @@ bench-cpu: $(VENV)/.installed-demo ## layers beside every peer on the CPU; write
 bench-training: $(VENV)/.installed-demo ## training steps, memory and overhead of the runtime; writes into benchmarks/results/
 	$(PY) benchmarks/training.py
 
+training-matrix: $(VENV)/.installed-matrix ## train with every structure and permutation (IMAGES=PARQUET TEXT=FILE ARGS='--steps 50 --only gpt/*')
+	$(PY) benchmarks/training_matrix.py --out build/training-matrix $(if $(IMAGES),--images $(IMAGES)) $(if $(TEXT),--text $(TEXT)) $(ARGS)
+
 gate: $(VENV)/.installed-base ## whether the results in NEW=folder are slower than the recorded ones
 	$(PY) benchmarks/gate.py $(NEW)
 
@@ -79,6 +82,7 @@ clean: ## remove environments, builds and caches
 EXTRAS_base =
 EXTRAS_demo = [timm,transformers]
 EXTRAS_docs = [docs]
+EXTRAS_matrix = [timm,transformers,train]
 EXTRAS_test = [test]
 EXTRAS_report = [draw]
 EXTRAS_dev = [dev]

@@ -6,7 +6,6 @@ without a permutation between the layers. Times are medians over the quietest qu
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import statistics
@@ -100,9 +99,8 @@ def _table(results: list[Result]) -> Table:
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions, nothing written")
-    quick = parser.parse_args().quick
+    given = suite.arguments(__doc__, "cpu-mlp.json", quick="few repetitions, nothing written")
+    quick = given.quick
     if not (native.load() and native.supports("block", torch.float32)):
         raise SystemExit("blocks have no native kernel here; `padst doctor` says why")
     torch.set_num_threads(1)
@@ -111,7 +109,7 @@ def main() -> None:
     console.print(_table(results))
     if not quick:
         data = {"schema": _SCHEMA, "machine": describe_machine(), "cases": [dataclasses.asdict(r) for r in results]}
-        console.print(f"written to {write_json(data, suite.RESULTS / 'cpu-mlp.json')}")
+        console.print(f"written to {write_json(data, given.out)}")
 
 
 if __name__ == "__main__":

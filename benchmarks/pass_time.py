@@ -5,11 +5,10 @@ The kernels are not timed against dense here (`kernels="sparse"`), because those
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
+import suite
 import timm
 import torch
 from rich.console import Console
@@ -20,7 +19,6 @@ from padst_compile.backend import padst as backend
 from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.report import write_json
 
-RESULT = Path(__file__).parent / "results" / "cpu-pass-time.json"
 DEPTHS = (12, 24, 48)
 
 
@@ -48,9 +46,8 @@ def _compile_seconds(model: torch.nn.Module, images: torch.Tensor, options: dict
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one depth, nothing written")
-    quick = parser.parse_args().quick
+    given = suite.arguments(__doc__, "cpu-pass-time.json", quick="one depth, nothing written")
+    quick = given.quick
     torch.set_num_threads(1)
     console = Console()
     cases = []
@@ -58,7 +55,7 @@ def main() -> None:
         cases.append(measure(depth, with_inductor=depth == DEPTHS[0]))
         console.print(cases[-1])
     if not quick:
-        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, RESULT)}")
+        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, given.out)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The coefficients of `padst_compile.passes.costs` follow from these, in bytes tha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -153,9 +152,8 @@ def _table(costs: Sequence[PlaceCosts]) -> Table:
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few repetitions, nothing written")
-    quick = parser.parse_args().quick
+    given = suite.arguments(__doc__, "cpu-permute-costs.json", quick="few repetitions, nothing written")
+    quick = given.quick
     torch.set_num_threads(1)
     console, repetitions = Console(width=200), 5 if quick else REPETITIONS
     call = call_nanoseconds(repetitions=repetitions)
@@ -169,7 +167,7 @@ def main() -> None:
     }
     console.print(_table(costs), f"a call that moves nothing: {call:.0f} ns", data["coefficients"], sep="\n")
     if not quick:
-        console.print(f"written to {write_json(data, suite.RESULTS / 'cpu-permute-costs.json')}")
+        console.print(f"written to {write_json(data, given.out)}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def _cases(data: dict[str, Any]) -> Iterator[Case]:
         elif "missing" in case:
             yield _peers(case)
         elif "speedup" in case:
-            yield Case(_step_name(case), {RANDOM if case.get("permutation", "random") == "random" else NONE: case["speedup"]})
+            order = case.get("permutation", "random")
+            candidate = {"random": RANDOM, "none": NONE}.get(order, f"padst, permutations by {order}")
+            yield Case(_step_name(case), {candidate: case["speedup"]})
 
 
 def _comparison(case: dict[str, Any]) -> Case:

@@ -24,10 +24,30 @@ def spec(structure: str) -> SparsitySpec:
     return SparsitySpec(structure=chosen, sparsity=chosen.natural_sparsity() or 0.9, permutation="random")
 
 
+def arguments(
+    description: str | None, result: str, quick: str = "the first case, few repetitions, nothing written"
+) -> argparse.Namespace:
+    """The arguments that scripts have in common: `quick`, and `out`, the file to write.
+
+    Args:
+        description: the script's docstring, for --help.
+        result: name of the recorded file.
+        quick: what --quick does.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder to write into; that of the recorded results if not given"
+    )
+    given = parser.parse_args()
+    given.out = given.out / result
+    return given
+
+
 def run(
     description: str | None, cases: Sequence[tuple[Any, ...]], measure: Callable[..., Comparison], repetitions: int, name: str
 ) -> None:
-    """Measure every case and write `results/NAME.json`; with --quick, one case and no file.
+    """Measure every case and write `results/NAME.json`, or into the folder of --out; with --quick, one case and no file.
 
     Args:
         description: the script's docstring, for --help.
@@ -36,9 +56,8 @@ def run(
         repetitions: timed calls of each candidate.
         name: of the result.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="the first case, few repetitions, nothing written")
-    quick = parser.parse_args().quick
+    given = arguments(description, f"{name}.json")
+    quick = given.quick
     torch.set_num_threads(1)
     console = Console(width=200)
     comparisons = []
@@ -47,4 +66,4 @@ def run(
         comparisons.append(measure(*case, repetitions=3 if quick else repetitions))
     console.print(comparison_table(comparisons, f"{name}, one thread, medians of interleaved calls"))
     if not quick:
-        console.print(f"written to {write_results(comparisons, RESULTS / f'{name}.json')}")
+        console.print(f"written to {write_results(comparisons, given.out)}")

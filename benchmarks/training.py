@@ -1,21 +1,20 @@
 """Whole training steps at 90 % block sparsity beside dense ones, one thread: time, memory, and what the runtime costs.
 
-Writes results/cpu-training.json. A step is forward, backward and AdamW. Dense runs under torch.compile's defaults, sparse under
+Writes cpu-training.json. A step is forward, backward and AdamW. Dense runs under torch.compile's defaults, sparse under
 backend padst with a runtime that does RigL at interval 100. Updates are timed as whole steps, for their dense gradients are
 computed in the backward pass before them. All layers are updated in the same step here, so that the other steps have no
 update. N:M layers take turns unless told otherwise (`DSTConfig.staggered`), in the same time with a lower peak of memory, which
-is measured so.
+is measured so. Learned permutations, of the smaller side, are as they are while they learn: those of autoshuffle are soft
+matrices, which take part in every step; sinkhorn_ste acts with the updates, and regroup at steps of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import suite
@@ -31,10 +30,12 @@ from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import build_model
 from padst_compile.benchmarking.report import write_json
 from padst_compile.layers import PermutedSparseLinear
+from padst_compile.recipes.shorthand import LEARNED
+from padst_compile.training.config import PermutationMethod
 from padst_compile.training.rearrange import companions
 
-RESULT = Path(__file__).parent / "results" / "cpu-training.json"
 INTERVAL = 100
+CYCLE = 4  # steps between updates here, that there be some to measure
 CASES = [
     ("timm:vit_small_patch16_224", 8, 0, "block:64", "none"),
     ("timm:vit_small_patch16_224", 8, 0, "block:64", "random"),
@@ -42,6 +43,9 @@ CASES = [
     ("timm:vit_small_patch16_224", 8, 0, "diagonal", "random"),
     ("hf:gpt2", 2, 256, "block:64", "none"),
     ("hf:gpt2", 2, 256, "block:64", "random"),
+    ("timm:vit_small_patch16_224", 8, 0, "block:64", "autoshuffle"),
+    ("timm:vit_small_patch16_224", 8, 0, "block:64", "sinkhorn_ste"),
+    ("timm:vit_small_patch16_224", 8, 0, "block:64", "regroup"),
 ]
 
 
@@ -54,13 +58,14 @@ class Training:
         batch: images or sequences.
         tokens: of a sequence; 0 for images.
         structure: short form.
-        permutation: "none" or "random", on every layer's input.
+        permutation: "none" or "random", on every layer's input, or how that of the smaller side is learned.
         dense: milliseconds of a step.
         sparse: milliseconds of a step without update.
         update: milliseconds of a step with one.
-        hooks: milliseconds in the runtime's hooks at a step without update.
-        memory: bytes of weights, gradients, AdamW state, index tensors and runtime state of the sparse layers, over the bytes
-            of weights, gradients and AdamW state of the same layers when dense.
+        learning: milliseconds of a step without update at which regroup acts, once an interval; otherwise `sparse`.
+        hooks: milliseconds in the runtime's hooks at a step without either.
+        memory: bytes of weights, gradients, AdamW state, index tensors and runtime state of the sparse layers, soft matrices
+            and what learns them among it, over those of weights, gradients and AdamW state of the same layers when dense.
         update_extra_bytes: by how much an update step's peak of allocated memory exceeds another step's.
         largest_dense_gradient: bytes of the largest layer's dense gradient.
     """
@@ -73,6 +78,7 @@ class Training:
     dense: float
     sparse: float
     update: float
+    learning: float
     hooks: float
     memory: float
     update_extra_bytes: int
@@ -80,8 +86,8 @@ class Training:
 
     @property
     def speedup(self) -> float:
-        """Dense time over sparse time, updates included."""
-        return self.dense / (self.sparse + (self.update - self.sparse) / INTERVAL)
+        """Dense time over sparse time, updates and learning included."""
+        return self.dense / (self.sparse + (self.update + self.learning - 2 * self.sparse) / INTERVAL)
 
     @property
     def update_share(self) -> float:
@@ -98,30 +104,53 @@ def measure(model: str, batch: int, tokens: int, structure: str, permutation: st
     """One model, in turns with its dense self."""
     torch._dynamo.reset()
     case = build_model(model, batch=batch, tokens=tokens or 1)
-    chosen = dataclasses.replace(suite.spec(structure), permutation=permutation)
+    learned = permutation if permutation in LEARNED else None
+    order = {"permutation": permutation} if learned is None else {"permutation": "learned", "permutation_side": "smaller"}
+    chosen = dataclasses.replace(suite.spec(structure), **order)
     dense, sparse = case.model.train(), padst.sparsify(copy.deepcopy(case.model), chosen).train()
     loss = _loss(model, batch, tokens, case.args)
     dense_step = _stepper(torch.compile(dense), torch.optim.AdamW(dense.parameters()), loss)
     optimizer = torch.optim.AdamW(sparse.parameters())
-    runtime = padst.attach(sparse, optimizer, padst.DSTConfig(method="rigl", interval=4, total_steps=10**6, staggered=False))
+    runtime = _attach(sparse, optimizer, CYCLE, learned, staggered=False)
     sparse_step = _stepper(torch.compile(sparse, backend=backend), optimizer, loss)
-    times: dict[str, list[float]] = {"dense": [], "sparse": [], "update": []}
-    for _ in range(8):  # compile, fill caches, end with an update
+    for _ in range(2 * CYCLE):  # compile, fill caches, end with an update
         sparse_step()
     dense_step(), dense_step()
+    dense_times: list[float] = []
+    places: list[list[float]] = [[] for _ in range(CYCLE)]  # by step of the cycle, of which the last updates
     for _ in range(rounds):
-        for number in range(4):
-            times["dense"].append(_timed(dense_step))
-            times["update" if number == 3 else "sparse"].append(_timed(sparse_step))
+        for place in places:
+            dense_times.append(_timed(dense_step))
+            place.append(_timed(sparse_step))
+    others = [seconds for place in places[:-1] for seconds in place]
+    ordinary = statistics.median(others) * 1e3
+    slowest = max(statistics.median(place) for place in places[:-1]) * 1e3
     hooks = _hooks(runtime, sparse_step)
     fine = any(layer.has_fine_units for layer in runtime.layers)
-    extra = _staggered_extra(case.model, chosen, loss) if fine else _extra([_peak(sparse_step) for _ in range(4)], updates=1)
-    middle = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    extra = (
+        _staggered_extra(case.model, chosen, loss, learned)
+        if fine
+        else _extra([_peak(sparse_step) for _ in range(CYCLE)], updates=1)
+    )
     return Training(
-        model, batch, tokens, structure, permutation, middle["dense"], middle["sparse"], middle["update"], hooks * 1e3,
+        model, batch, tokens, structure, permutation, statistics.median(dense_times) * 1e3, ordinary,
+        statistics.median(places[-1]) * 1e3, slowest if learned == "regroup" else ordinary, hooks * 1e3,
         _state_bytes(runtime, optimizer) / _dense_state_bytes(runtime), extra,
         max(layer.shape.numel for layer in runtime.layers) * 4,
     )  # fmt: skip
+
+
+def _attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    interval: int,
+    learned: PermutationMethod | None,
+    *,
+    staggered: bool | None,
+) -> padst.Runtime:
+    permutation = None if learned is None else padst.LearnedPermutation(learned)
+    config = padst.DSTConfig(interval=interval, total_steps=10**6, permutation=permutation, staggered=staggered)
+    return padst.attach(model, optimizer, config)
 
 
 def _loss(model: str, batch: int, tokens: int, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], torch.Tensor]:
@@ -152,10 +181,10 @@ def _timed(step: Callable[[], None]) -> float:
 def _hooks(runtime: padst.Runtime, step: Callable[[], None]) -> float:
     """Seconds in the hooks of a step without update; the counter stands behind an update, and the next three are none."""
     samples = []
-    for number in range(8):
+    for number in range(2 * CYCLE):
         before = runtime.hook_seconds
         step()
-        if number % 4 < 3:
+        if (number + 1) % CYCLE:
             samples.append(runtime.hook_seconds - before)
     return statistics.median(samples)
 
@@ -177,12 +206,17 @@ def _extra(peaks: list[int], updates: int) -> int:
     return max(peaks[-updates:]) - int(statistics.median(peaks[:-updates]))
 
 
-def _staggered_extra(dense: nn.Module, spec: padst.SparsitySpec, loss: Callable[[Callable[..., Any]], torch.Tensor]) -> int:
+def _staggered_extra(
+    dense: nn.Module,
+    spec: padst.SparsitySpec,
+    loss: Callable[[Callable[..., Any]], torch.Tensor],
+    learned: PermutationMethod | None,
+) -> int:
     """The same where layers take turns, one at each step, in eager mode: the first updates are of one layer of each size."""
     model = padst.sparsify(copy.deepcopy(dense), spec).train()
     optimizer = torch.optim.AdamW(model.parameters())
     layers = sum(isinstance(module, PermutedSparseLinear) for module in model.modules())
-    runtime = padst.attach(model, optimizer, padst.DSTConfig(method="rigl", interval=layers, total_steps=10**6))
+    runtime = _attach(model, optimizer, layers, learned, staggered=None)
     step = _stepper(model, optimizer, loss)
     step()
     peaks = [_peak(step) for _ in range(3)]
@@ -201,7 +235,19 @@ def _state_bytes(runtime: padst.Runtime, optimizer: torch.optim.Optimizer) -> in
         total += values.numel() * values.element_size()  # the gradient, which zero_grad has dropped
         total += 0 if layer.permutation is None else layer.permutation.numel() * layer.permutation.element_size()
         total += trained.state_dict()["visited"].numel()
+        soft = layer.soft.matrix if layer.soft is not None and layer.soft.is_soft else None
+        total += 0 if soft is None else soft.numel() * soft.element_size()  # its gradient
+        learner = runtime.learners.get(trained.name)
+        total += 0 if learner is None else _tensor_bytes(learner.state_dict())  # the matrix or logits, and their moments
     return total
+
+
+def _tensor_bytes(state: Any) -> int:
+    """Of all tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(_tensor_bytes, parts))
 
 
 def _dense_state_bytes(runtime: padst.Runtime) -> int:
@@ -211,9 +257,8 @@ def _dense_state_bytes(runtime: padst.Runtime) -> int:
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first case, one round, nothing written")
-    quick = parser.parse_args().quick
+    given = suite.arguments(__doc__, "cpu-training.json", quick="the first case, one round, nothing written")
+    quick = given.quick
     torch.set_num_threads(1)
     console = Console(width=170)
     title = f"training steps at 90 % sparsity, one thread, medians of interleaved steps; updates every {INTERVAL} steps"
@@ -245,7 +290,7 @@ def main() -> None:
     console.print(table)
     console.print("updates, hooks: fractions of the time; memory: weights, gradients, AdamW and runtime state over dense ones")
     if not quick:
-        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, RESULT)}")
+        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, given.out)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Forward and backward of single layers at 90 %, sparse beside dense, both compiled, one thread.
 
-Writes results/cpu-training-layers.json: median milliseconds of one call with the gradients of inputs and parameters. Dense runs
+Writes cpu-training-layers.json: median milliseconds of one call with the gradients of inputs and parameters. Dense runs
 under torch.compile's defaults; freezing is for inference alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import suite
 import torch
@@ -24,7 +22,6 @@ from padst_compile.backend import padst
 from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.report import write_json
 
-RESULT = Path(__file__).parent / "results" / "cpu-training-layers.json"
 TOKENS = 1576
 CASES = [
     (768, 3072, "block:64", torch.float32),
@@ -90,9 +87,8 @@ def _step(model: Callable[..., torch.Tensor], x: torch.Tensor, direction: torch.
 
 def main() -> None:
     """Measure, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the first case, few repetitions, nothing written")
-    quick = parser.parse_args().quick
+    given = suite.arguments(__doc__, "cpu-training-layers.json")
+    quick = given.quick
     torch.set_num_threads(1)
     console = Console(width=120)
     table = Table(
@@ -109,7 +105,7 @@ def main() -> None:
         table.add_row(result.layer, result.structure, result.dtype, *times)
     console.print(table)
     if not quick:
-        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, RESULT)}")
+        console.print(f"written to {write_json({'schema': 1, 'machine': describe_machine(), 'cases': cases}, given.out)}")
 
 
 if __name__ == "__main__":

@@ -82,3 +82,23 @@ def test_the_gate_lets_through_what_is_no_slower(tmp_path: Path, change, code: i
     assert done.returncode == code, done.stdout + done.stderr
     assert message in done.stdout
     assert ("cpu-models.json: recorded on" in done.stdout) == (change is elsewhere)
+
+
+def test_trainings_with_learned_permutations_have_ratios_of_their_own(tmp_path: Path) -> None:
+    """One model and structure under several permutations are several rows for the gate, and one cannot hide another."""
+    data = json.loads((RESULTS / "cpu-training.json").read_text())
+    first = {**data["cases"][0], "speedup": 2.0}
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, slowest in ((old, 2.0), (new, 1.0)):
+        speedups = {"none": 2.0, "autoshuffle": slowest, "regroup": 2.0, "random": 2.0}
+        cases = [{**first, "permutation": order, "speedup": speedup} for order, speedup in speedups.items()]
+        folder.mkdir()
+        (folder / "cpu-training.json").write_text(json.dumps({**data, "cases": cases}))
+    done = script("gate.py", new, "--recorded", old)
+    assert done.returncode == 1 and "1 fell by more than 10%" in done.stdout
+    assert "autoshuffle" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["layers.py", "training.py"])
+def test_results_can_be_written_elsewhere_than_over_the_recorded_ones(name: str) -> None:
+    assert "--out" in script(name, "--help").stdout
