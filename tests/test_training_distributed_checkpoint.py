@@ -50,9 +50,16 @@ def test_another_number_of_ranks_goes_on(unbroken: tuple[str, Path], tmp_path: P
     assert_alike(expected, tmp_path / "weights.safetensors", 1e-9)
 
 
-def test_a_rank_dies_and_the_restarted_training_ends_alike(unbroken: tuple[str, Path], tmp_path: Path) -> None:
-    """The last rank is killed in step 8, while permutations are soft; torchrun starts all ranks again, from step 5."""
+@pytest.mark.parametrize(("death", "moment", "back"), [(8, "stepping", 5), (10, "saving", 5), (10, "publishing", 5)])
+def test_a_rank_dies_and_the_restarted_training_ends_alike(
+    unbroken: tuple[str, Path], tmp_path: Path, death: int, moment: str, back: int
+) -> None:
+    """A rank is killed in the midst of a step, or of a save; torchrun starts all ranks again, from the checkpoint before."""
     kind, expected = unbroken
-    errors = torchrun(SCRIPT, 2, tmp_path / "checkpoint", kind, STEPS, tmp_path / "weights.safetensors", 8, restarts=1)
+    folder, out = tmp_path / "checkpoint", tmp_path / "weights.safetensors"
+    errors = torchrun(SCRIPT, 2, folder, kind, STEPS, out, death, moment, restarts=1)
     assert f"exitcode: -{int(signal.SIGKILL)}" in errors
-    assert_alike(expected, tmp_path / "weights.safetensors", 0.0)
+    begun = [line.rpartition(" ")[2] for line in errors.splitlines() if "begins behind step" in line]
+    assert sorted(begun) == ["0", "0", str(back), str(back)]
+    assert_alike(expected, out, 0.0)
+    assert sorted(file.name[:5] for file in folder.iterdir()) == ["curre", "data-"], "drafts were left behind"
