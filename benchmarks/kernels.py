@@ -82,6 +82,7 @@ def cpu_cases() -> list[Case]:
         *(Case(*up, structure, 0.95, "float32", 1576) for structure in ("nm:1:20", "diagonal")),
         *(Case(*up, "block:64", 0.9, "float32", tokens) for tokens in (1, 16, 197)),
         *(Case(*up, "block:64", 0.9, "bfloat16", tokens) for tokens in (1, 16, 197)),
+        *(Case(*up, structure, 0.9, "float32", tokens) for structure in ("nm:1:10", "diagonal") for tokens in (1, 4)),
     ]
 
 

@@ -3,8 +3,9 @@
 The kernel for short rows (N:M, diagonals) keeps tokens in vector lanes: it transposes what it reads, and transposes back what
 it writes. Between two such products neither is needed, if the first leaves its result feature-major. Both kernels apply
 permutations as orders of features in either layout, at no cost in both, so this choice changes none that placement made, and
-can come after it. A gate is laid out like the result: the product that computes it leaves it feature-major too. Expects
-`FuseActivation`, `FuseGate` and `FuseResidual` before it, which bring such products together. Needs no values.
+can come after it. A gate is laid out like the result: the product that computes it leaves it feature-major too. A handful of
+tokens is multiplied without any transposition, and left alone. Expects `FuseActivation`, `FuseGate` and `FuseResidual` before it,
+which bring such products together. Needs no values.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class KeepFeatureMajor(RewriteRule):
             return "the kernel adds a residual, which is token-major"
         if not _gate_follows(node):
             return "the kernel reads a gate, which is token-major"
-        return None if _sizes_known(node) else "capture recorded no shapes"
+        if not _sizes_known(node):
+            return "capture recorded no shapes"
+        return "so few tokens are multiplied without panels" if _is_handful(node) else None
 
     def rewrite(self, node: fx.Node, facts: Context) -> None:
         """Tell the producer, and tell every reader the sizes that it cannot see any more."""
@@ -75,6 +78,12 @@ def _gate_follows(node: fx.Node) -> bool:
         return True
     alone = is_row_gather(gate) and len(gate.users) == 1 and argument(node, "x") is not gate and fake(gate) is not None
     return alone and argument(gate, "gate") is None and argument(gate, "residual") is None
+
+
+def _is_handful(node: fx.Node) -> bool:
+    known = fake(node)
+    tokens = math.prod(known.shape[:-1]) if known is not None else None
+    return isinstance(tokens, int) and tokens <= torch.ops.padst_native.handful_of_tokens()
 
 
 def _sizes_known(node: fx.Node) -> bool:

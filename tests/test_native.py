@@ -190,6 +190,31 @@ class TestActivations:
         assert not bool(((y != 0) & (y.abs() < torch.finfo(torch.float32).smallest_normal)).any())
 
 
+@needs_native
+@pytest.mark.usefixtures("poisoned")
+class TestHandfulsOfTokens:
+    """Of N:M and diagonals: vectors hold outputs there, not tokens."""
+
+    STRUCTURES = (NM(1, 16), NM(3, 17), NM(1, 32), NM(1, 40), NM(1, 8, vector=16), NM(2, 9, vector=20), Diagonal())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.to_string())
+    def test_sizes_that_no_vector_divides(self, structure: Structure, dtype: torch.dtype) -> None:
+        for shape in (Shape(64, 128), Shape(131, 300), Shape(300, 131), Shape(7, 300), Shape(2100, 70)):
+            layer = Layer.random(structure, shape, dtype, 0.9) if fits(structure, shape) else None
+            for tokens, extras in itertools.product((1, 5, 6, 7), (False, True)):
+                if layer is not None:
+                    layer.with_extras(extras, extras, extras).check(torch.randn(tokens, shape.in_features).to(dtype))
+
+    @pytest.mark.parametrize("structure", [NM(1, 16), NM(1, 20), NM(1, 8, vector=16)], ids=lambda s: s.to_string())
+    def test_inputs_that_no_weight_reads_do_not_matter(self, structure: NM) -> None:
+        layer = Layer.random(structure, Shape(40, 4 * structure.m), torch.float32)
+        x = torch.full((3, layer.shape.in_features), float("nan"))
+        x[:, 3 :: structure.m] = torch.randn(3, 4)
+        layer = dataclasses.replace(layer, topology=(torch.full_like(layer.topology[0], 3),))
+        assert layer(x).isfinite().all()
+
+
 def to_panels(x: torch.Tensor) -> torch.Tensor:
     """Tokens [..., features] as feature-major panels, with NaN for tokens that the last one lacks."""
     rows, width = x.reshape(-1, x.shape[-1]), torch.ops.padst_native.panel_tokens()
@@ -201,6 +226,17 @@ def from_panels(panels: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     """The reverse, for tokens of these sizes."""
     rows = panels.transpose(1, 2).reshape(-1, panels.shape[1])[: math.prod(sizes)]
     return rows.reshape(*sizes, panels.shape[1])
+
+
+def among_many(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The result for x when more tokens are multiplied with it: a handful alone is added up in another order."""
+
+    def repeated(rows: torch.Tensor | None) -> torch.Tensor | None:
+        return None if rows is None else torch.cat([rows.reshape(-1, rows.shape[-1])] * 8)
+
+    tokens, sizes = math.prod(x.shape[:-1]), (*x.shape[:-1], layer.shape.out_features)
+    many = torch.cat([x.reshape(-1, x.shape[-1])] * 8)
+    return dataclasses.replace(layer, gate=repeated(layer.gate), residual=repeated(layer.residual))(many)[:tokens].reshape(sizes)
 
 
 @needs_native
@@ -222,16 +258,16 @@ class TestPanels:
             torch.set_num_threads(before)
 
     def compare(self, layer: Layer, x: torch.Tensor) -> None:
-        sizes, expected = x.shape[:-1], layer(x)
+        sizes, expected = x.shape[:-1], among_many(layer, x)
         assert torch.equal(layer(to_panels(x), panels_of=sizes), expected)
         assert torch.equal(from_panels(layer(x, to_panels=True), sizes), expected)
         assert torch.equal(from_panels(layer(to_panels(x), panels_of=sizes, to_panels=True), sizes), expected)
         added = dataclasses.replace(layer, residual=torch.randn(expected.shape).to(expected.dtype))
-        assert torch.equal(added(to_panels(x), panels_of=sizes), added(x))
+        assert torch.equal(added(to_panels(x), panels_of=sizes), among_many(added, x))
         # Not below one: a subnormal product is rounded to zero by some instructions, and kept by others.
         gate = (1 + torch.rand(expected.shape)).to(expected.dtype)
         gated, gated_panels = (dataclasses.replace(layer, gate=form) for form in (gate, to_panels(gate)))
-        assert torch.equal(from_panels(gated_panels(x, to_panels=True), sizes), gated(x))
+        assert torch.equal(from_panels(gated_panels(x, to_panels=True), sizes), among_many(gated, x))
 
 
 @needs_native

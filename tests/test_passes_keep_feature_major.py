@@ -108,7 +108,7 @@ def sparse(kind: type[Model], structure: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("sizes", [(5,), (3, 70), ()], ids=str)
+@pytest.mark.parametrize("sizes", [(7,), (3, 70), (2, 1, 4)], ids=str)
 def test_a_chain_stays_feature_major(structure: str, sizes: tuple[int, ...]) -> None:
     model, x = sparse(Chain, structure), torch.randn(*sizes, 16)
     with torch.no_grad():
@@ -189,6 +189,14 @@ def test_inductor_compiles_open_sizes_twice_at_most() -> None:
             x = torch.randn(2, tokens, 16)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (6,), (2, 3)], ids=str)
+def test_a_handful_of_tokens_is_left_alone(sizes: tuple[int, ...]) -> None:
+    model, x = sparse(Chain, "nm:1:4"), torch.randn(*sizes, 16)
+    with torch.no_grad():
+        outcome, _ = apply(model, x)
+    assert outcome.rewritten == 0
 
 
 def test_training_is_left_alone() -> None:

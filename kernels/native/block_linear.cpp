@@ -31,7 +31,7 @@ void run(
     int64_t token_tile, const Output<T>& output, const std::vector<int64_t>& bounds) {
   const int64_t threads = at::get_num_threads(), parts = static_cast<int64_t>(bounds.size()) - 1;
   const int64_t tile = balanced_tile(total_tokens, token_tile, threads, Tile::kStep);
-  const int64_t z_stride = sums_stride(s);
+  const int64_t z_stride = padded_stride(s.out_features);
   at::parallel_for(0, ceil_div(total_tokens, tile) * parts, 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
     Tile inputs(s, x, permutation, tile);

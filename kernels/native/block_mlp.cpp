@@ -154,7 +154,7 @@ void run(
     const Product<C>& first, const Product<C>& second, const T* x, const int32_t* input_permutation, int64_t total_tokens,
     int64_t token_tile, const Epilogue<T>& between, const int32_t* between_table, const Output<T>& output) {
   const int64_t tile = balanced_tile(total_tokens, token_tile, at::get_num_threads(), std::max(Inputs::kStep, Hidden::kStep));
-  const int64_t stride = sums_stride(second.s);
+  const int64_t stride = padded_stride(second.s.out_features);
   at::parallel_for(0, ceil_div(total_tokens, tile), 1, [&](int64_t begin, int64_t end) {
     const MicroKernelScope<C> scope;
     Inputs inputs(first.s, x, input_permutation, tile);

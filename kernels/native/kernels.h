@@ -56,6 +56,9 @@ at::Tensor block_value_gradient(
 // panels_of says that x is such, of tokens with these sizes; to_panels asks for such a result.
 int64_t panel_tokens();
 
+// Up to so many tokens outside panels are multiplied without transposing them, see few_tokens.h.
+int64_t handful_of_tokens();
+
 // S with n of every m inputs: offsets uint8 [row groups, slots], values [row groups, slots, vector].
 at::Tensor nm_linear(
     const at::Tensor& x, const at::Tensor& values, const at::Tensor& offsets, const std::optional<at::Tensor>& bias,

@@ -8,6 +8,7 @@ TORCH_LIBRARY(padst_native, m) {
   m.def("block_linear_supports(ScalarType dtype) -> bool", &padst::block_linear_supports);
   m.def("block_linear_interleaves(ScalarType dtype) -> bool", &padst::block_linear_interleaves);
   m.def("panel_tokens() -> int", &padst::panel_tokens);
+  m.def("handful_of_tokens() -> int", &padst::handful_of_tokens);
   m.def("nm_linear_supports(ScalarType dtype) -> bool", &padst::row_gather_supports);
   m.def("diagonal_linear_supports(ScalarType dtype) -> bool", &padst::row_gather_supports);
 

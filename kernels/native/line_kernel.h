@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "partition.h"
+#include "unroll.h"
 #include "vectors.h"
 
 namespace padst {
@@ -26,13 +27,6 @@ struct LineProduct {
     return {lines + token, depth, weights + output, weights_stride, height - output, z + token * z_stride + output, z_stride, add};
   }
 };
-
-// Indices of arrays that are to be registers must be known when compiling.
-#if defined(__clang__)
-#define PADST_UNROLL _Pragma("unroll")
-#else
-#define PADST_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // Sums of kTokens tokens and kVectors vectors of outputs, kept in registers. kWhole: all lanes of the last vector exist.
 template <int kTokens, int kVectors, bool kWhole>

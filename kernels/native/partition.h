@@ -40,6 +40,13 @@ inline int64_t balanced_tile(int64_t total, int64_t target, int64_t threads, int
 
 inline constexpr int64_t kCacheLine = 64;
 
+// The distance of rows of float: a line off the power of two at which rows would share cache sets, and stores to one would look like
+// loads from another.
+inline int64_t padded_stride(int64_t features) {
+  constexpr int64_t kLine = kCacheLine / sizeof(float);
+  return round_up(features, kLine) + kLine;
+}
+
 // Uninitialised memory that starts on a cache line.
 template <typename T>
 class Scratch {

@@ -8,8 +8,10 @@
 
 #include "checks.h"
 #include "epilogue.h"
+#include "few_tokens.h"
 #include "kernels.h"
 #include "structure_checks.h"
+#include "token_output.h"
 
 namespace padst {
 namespace {
@@ -50,6 +52,24 @@ struct NmMatrix {
     }
   }
 
+  // The most tokens for which add_tokens takes less time than a panel.
+  int64_t few_tokens() const {
+    return (vector > 1 ? 2 * vector >= kLanes : m <= kPickable) ? kHandful : 0;
+  }
+
+  // Adds `rows` of S times a few tokens to sums.
+  void add_tokens(const TokenInputs& x, Range rows, const TokenSums& sums) const {
+    if (vector > 1) {
+      add_shared_rows(x, rows, sums);
+      return;
+    }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const auto group_of = [this](int64_t slot) { return slot / n * m; };
+    const auto add = m <= kLanes ? add_nm_rows<false, decltype(group_of)> : add_nm_rows<true, decltype(group_of)>;
+    add(values, offsets, slots, rows, group_of, x, sums);
+#endif
+  }
+
   // visit(slot, first input of its group); the inner loop would cost as much as the work where n is 1.
   template <typename Visit>
   void for_each_slot(Range inputs, const Visit& visit) const {
@@ -68,6 +88,15 @@ struct NmMatrix {
   }
 
  private:
+  void add_shared_rows(const TokenInputs& x, Range rows, const TokenSums& sums) const {
+    for (int64_t row = rows.begin; row < rows.end; row += vector) {
+      const int64_t first = row / vector * slots, height = std::min(vector, rows.end - row);
+      for_each_slot({0, in_features}, [&](int64_t slot, int64_t group) {
+        add_scaled(values + (first + slot) * vector, height, x, group + offsets[first + slot], sums, row);
+      });
+    }
+  }
+
   // kRows rows that share their offsets.
   template <int kRows, int kWidth>
   void multiply_shared(const float* panel, Range inputs, int64_t row_group, int64_t v, float* sums) const {
@@ -129,6 +158,10 @@ class NmTransposed {
   int64_t row_step() const {
     return 2;
   }
+  int64_t few_tokens() const {
+    return 0;
+  }
+  void add_tokens(const TokenInputs&, Range, const TokenSums&) const {}
 
   template <int64_t kTokens>
   void extend(float*) const {}
@@ -225,6 +258,19 @@ class DiagonalMatrix {
   int64_t row_step() const {
     return kRows;
   }
+  int64_t few_tokens() const {
+    return kHandful;
+  }
+
+  void add_tokens(const TokenInputs& x, Range rows, const TokenSums& sums) const {
+    constexpr int64_t kPart = 1024;  // outputs whose sums stay close
+    for (int64_t begin = rows.begin; begin < rows.end; begin += kPart) {
+      const Range part{begin, std::min(begin + kPart, rows.end)};
+      for (int64_t d = 0; d < first_[period_]; ++d) {
+        add_diagonal(d, x, part, sums);
+      }
+    }
+  }
 
   template <int64_t kTokens>
   void extend(float* panel) const {
@@ -264,6 +310,18 @@ class DiagonalMatrix {
     total.store_sums(target);
     if (in_features < out_features && kRowCount > 1) {
       add_corners<kRowCount, kWidth>(panel, inputs, row, sums);
+    }
+  }
+
+  // What one diagonal adds to some outputs: row j reads column j + shift, in two pieces where it wraps.
+  void add_diagonal(int64_t d, const TokenInputs& x, Range rows, const TokenSums& sums) const {
+    const bool wide = in_features >= out_features;
+    for (const int64_t shift : {wide ? offsets_[d] - period_ : -offsets_[d], wide ? offsets_[d] : period_ - offsets_[d]}) {
+      const int64_t begin = std::max(rows.begin, -shift), end = std::min(rows.end, in_features - shift);
+      if (begin < end) {
+        const float* weights = values_ + d * length_ + (wide ? begin : begin + shift);
+        add_products(weights, end - begin, x, begin + shift, sums, begin);
+      }
     }
   }
 
@@ -327,17 +385,61 @@ class DiagonalMatrix {
   std::vector<int32_t> first_;  // first_[o]: the first diagonal with an offset of at least o
 };
 
+// A few tokens of x as rows of float in the order of S, with what add_tokens may read beyond the last.
+template <typename T>
+void load_tokens(const T* x, int64_t features, int64_t tokens, const int32_t* table, float* target, int64_t stride) {
+  for (int64_t t = 0; t < tokens; ++t, x += features, target += stride) {
+    if (table == nullptr) {
+      convert(x, features, target);
+    } else {
+      for (int64_t f = 0; f < features; ++f) {
+        target[f] = static_cast<float>(x[table[f]]);
+      }
+    }
+    std::fill(target + features, target + stride, 0.0f);
+  }
+}
+
+template <typename T, typename S>
+void run_few(
+    const S& s, const at::Tensor& x, int64_t tokens, const Epilogue<T>& epilogue, const int32_t* in_table, const int32_t* out_table,
+    at::Tensor& y) {
+  const int64_t stride = padded_stride(s.in_features + kPickable), sums_stride = padded_stride(s.out_features);
+  const int64_t threads = at::get_num_threads();
+  const Scratch<float> inputs(tokens * stride), sums(tokens * sums_stride);
+  load_tokens(x.const_data_ptr<T>(), s.in_features, tokens, in_table, inputs.data(), stride);
+  std::fill_n(sums.data(), tokens * sums_stride, 0.0f);
+  std::vector<int32_t> target;
+  if (out_table != nullptr && threads > 1) {
+    target = inverse_permutation(out_table, s.out_features, "output_permutation");
+  }
+  const Output<T> output(
+      y.mutable_data_ptr<T>(), s.out_features, s.out_features, epilogue, out_table, target.empty() ? nullptr : target.data());
+  const int64_t rows_per_part = round_up(ceil_div(s.out_features, threads), s.row_step());
+  at::parallel_for(0, ceil_div(s.out_features, rows_per_part), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const Range rows{part * rows_per_part, std::min((part + 1) * rows_per_part, s.out_features)};
+      s.add_tokens({inputs.data(), stride, tokens}, rows, {sums.data(), sums_stride});
+      output.finish(0, tokens, sums.data() + rows.begin, sums_stride, rows);
+    }
+  });
+}
+
 template <typename T, typename S>
 void run(
     const S& s, const at::Tensor& x, const Layout& layout, const EpilogueOperands& epilogue,
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, at::Tensor& y) {
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, s.out_features, "output_permutation");
+  const int64_t tokens = layout.tokens(), threads = at::get_num_threads();
+  if (tokens <= s.few_tokens() && !layout.from_panels() && !layout.to_panels()) {
+    run_few<T>(s, x, tokens, epilogue.pointers<T>(), in_table, out_table, y);
+    return;
+  }
   std::vector<int32_t> target, inverse;
   if (in_table != nullptr) {
     target = inverse_permutation(in_table, s.in_features, "input_permutation");
   }
-  const int64_t tokens = layout.tokens(), threads = at::get_num_threads();
   const int64_t parts = tokens > (threads - 1) * kPanel ? 1 : threads;
   if (out_table != nullptr && (parts > 1 || layout.to_panels())) {
     inverse = inverse_permutation(out_table, s.out_features, "output_permutation");
@@ -384,6 +486,10 @@ bool row_gather_supports(at::ScalarType dtype) {
 
 int64_t panel_tokens() {
   return kPanel;
+}
+
+int64_t handful_of_tokens() {
+  return kHandful;
 }
 
 at::Tensor nm_linear(

@@ -21,6 +21,7 @@
 #include "panels.h"
 #include "partition.h"
 #include "transpose.h"
+#include "unroll.h"
 #include "vectors.h"
 
 namespace padst {
@@ -45,15 +46,15 @@ class RowSums {
     }
   }
   void load_sums(const float* source) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int w = 0; w < kWidth; ++w) {
+    PADST_UNROLL for (int r = 0; r < kRows; ++r) {
+      PADST_UNROLL for (int w = 0; w < kWidth; ++w) {
         sums_[r][w] = load(source + r * kTokens + w * kLanes);
       }
     }
   }
   void store_sums(float* target) const {
-    for (int r = 0; r < kRows; ++r) {
-      for (int w = 0; w < kWidth; ++w) {
+    PADST_UNROLL for (int r = 0; r < kRows; ++r) {
+      PADST_UNROLL for (int w = 0; w < kWidth; ++w) {
         store(sums_[r][w], target + r * kTokens + w * kLanes);
       }
     }
@@ -62,7 +63,7 @@ class RowSums {
   // Row r gains `weight` times a feature.
   void add(int r, int64_t column, float weight) {
     const float* source = panel_ + column * kTokens;
-    for (int w = 0; w < kWidth; ++w) {
+    PADST_UNROLL for (int w = 0; w < kWidth; ++w) {
       sums_[r][w] += weight * load(source + w * kLanes);
     }
   }
@@ -70,7 +71,7 @@ class RowSums {
   // Every row r gains weights[r] times feature `column + r * kShift`.
   template <int kShift>
   void add_all(int64_t column, const float* weights) {
-    for (int r = 0; r < kRows; ++r) {
+    PADST_UNROLL for (int r = 0; r < kRows; ++r) {
       add(r, column + r * kShift, weights[r]);
     }
   }
@@ -156,6 +157,7 @@ struct PanelOutput {
           const int64_t k = std::min(j + i, features - 1);
           square[i] = load(sums + (permutation != nullptr ? permutation[k] : k) * kTokens + t);
         }
+        prefetch_outputs((first + t) * features + j + 2 * kLanes, std::min<int64_t>(kLanes, tokens - t));
         transpose(square);
         finish_square(square, (first + t) * features + j, std::min<int64_t>(kLanes, tokens - t), j, width);
       }
@@ -174,6 +176,13 @@ struct PanelOutput {
         }
       }
     });
+  }
+
+  // Hardware foresees no stores to lines that are rows apart.
+  void prefetch_outputs(int64_t start, int64_t tokens) const {
+    for (int64_t i = 0; i < tokens; ++i) {
+      __builtin_prefetch(y + start + i * features, 1);
+    }
   }
 
   // Vector i of a square becomes the outputs j to j + width of one token, at y[start + i * features].
