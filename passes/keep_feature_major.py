@@ -4,8 +4,8 @@ The kernel for short rows (N:M, diagonals) keeps tokens in vector lanes: it tran
 it writes. Between two such products neither is needed, if the first leaves its result feature-major. Both kernels apply
 permutations as orders of features in either layout, at no cost in both, so this choice changes none that placement made, and
 can come after it. A gate is laid out like the result: the product that computes it leaves it feature-major too. A handful of
-tokens is multiplied without any transposition, and left alone. Expects `FuseActivation`, `FuseGate` and `FuseResidual` before it,
-which bring such products together. Needs no values.
+tokens is multiplied without any transposition, and left alone. Expects `FuseActivation`, `FuseGate` and `FuseResidual` before
+it, which bring such products together. Needs no values.
 """
 
 from __future__ import annotations

@@ -236,7 +236,8 @@ def among_many(layer: Layer, x: torch.Tensor) -> torch.Tensor:
 
     tokens, sizes = math.prod(x.shape[:-1]), (*x.shape[:-1], layer.shape.out_features)
     many = torch.cat([x.reshape(-1, x.shape[-1])] * 8)
-    return dataclasses.replace(layer, gate=repeated(layer.gate), residual=repeated(layer.residual))(many)[:tokens].reshape(sizes)
+    layer = dataclasses.replace(layer, gate=repeated(layer.gate), residual=repeated(layer.residual))
+    return layer(many)[:tokens].reshape(sizes)
 
 
 @needs_native
