@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from padst_compile.autotune.effort import Budget  # noqa: E402
 from padst_compile.structures import Block  # noqa: E402
 from padst_compile.tolerance import allowed_error, relative_error  # noqa: E402
 
+sys.path.remove(str(BENCHMARKS))  # or transformers would take kernels.py for Hugging Face's package
 CPU = torch.device("cpu")
 
 
@@ -75,6 +77,27 @@ def test_a_process_that_dies_is_a_reason() -> None:
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(foreign.ForeignError, match="float32 alone"):
         foreign.Foreign("onnxruntime", layer(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_a_case_holds_times_and_versions_of_libraries_and_why_others_are_missing(
+    nothing_installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    for library in ("onnxruntime", "sparselab"):
+        (nothing_installed / library).mkdir()  # as if installed: the one is in this environment, the other nowhere
+    spec = importlib.util.spec_from_file_location("layers_beside_peers", BENCHMARKS / "kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # dataclasses look their annotations up there
+    spec.loader.exec_module(script)
+    case = script.Case(64, 48, "block:16", 0.5, "float32", 8)
+    found = script.measure(case, CPU, Budget(None, 2, 1e9), ["onnxruntime", "sparselab"])
+    assert {"dense", "padst", "onnxruntime"} <= found["milliseconds"].keys()
+    assert list(found["versions"]) == ["onnxruntime"]
+    assert "No module named 'sparselab'" in found["missing"]["sparselab"]
+    assert "onnxruntime" not in found["missing"]
 
 
 def test_what_does_not_install_leaves_nothing_behind(nothing_installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
