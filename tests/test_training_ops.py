@@ -295,7 +295,7 @@ def test_reducers_get_the_gradient_and_then_its_magnitudes() -> None:
     listener.weight(given)
     assert torch.equal(given, untouched)  # the op that hands it on goes on using it
     assert torch.equal(seen["magnitude"], untouched.abs())
-    assert (listener.seen, listener.poisoned) == (2, 0)
+    assert listener.poisoned == 0
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -350,7 +350,7 @@ def test_gradients_that_are_not_finite_are_counted_not_handed_on(poison: float) 
 
     listener = DenseGradient(Shape(4, 4), (Never(),), (Never(),))
     listener.products(torch.full((2, 4), poison), torch.ones(2, 4))
-    assert (listener.seen, listener.poisoned) == (0, 1)
+    assert listener.poisoned == 1
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])

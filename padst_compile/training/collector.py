@@ -10,6 +10,7 @@ import torch
 from padst_compile.kernels import gradient_tap
 from padst_compile.structures import Shape, Structure
 from padst_compile.training.config import UnitScore
+from padst_compile.training.passes import Passes
 
 
 class Reducer(Protocol):
@@ -17,6 +18,28 @@ class Reducer(Protocol):
 
     def add(self, gradient: torch.Tensor) -> None:
         """Take in a gradient, or its magnitudes: float32 `[out_features, in_features]`, not to be changed or kept."""
+
+    def clear(self) -> None:
+        """Forget all of it: those gradients have been dropped."""
+
+
+class Sum:
+    """Adds up tensors of one shape.
+
+    Attributes:
+        total: of them; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+
+    def gather(self, part: torch.Tensor) -> None:
+        """Add one, which may be a view of what is changed later."""
+        self.total = part.clone() if self.total is None else self.total + part
+
+    def clear(self) -> None:
+        """See `Reducer.clear`."""
+        self.total = None
 
 
 class DenseGradient:
@@ -30,10 +53,10 @@ class DenseGradient:
         magnitudes: who gets `|gradient|`.
         signed: who gets the gradient itself.
         rows: output rows to take gradients from, int64; None for all (Grass, Muhamed et al. 2024: a sample estimates scores).
+        passes: knows which backward passes were in vain; None where none are.
 
     Attributes:
-        seen: gradients handed on.
-        poisoned: gradients with NaN or infinite entries, which were not.
+        poisoned: gradients with NaN or infinite entries, which were not handed on.
     """
 
     def __init__(
@@ -42,14 +65,25 @@ class DenseGradient:
         magnitudes: Sequence[Reducer],
         signed: Sequence[Reducer] = (),
         rows: torch.Tensor | None = None,
+        passes: Passes | None = None,
     ) -> None:
-        self.shape, self.magnitudes, self.signed, self.rows = shape, tuple(magnitudes), tuple(signed), rows
-        self.seen = self.poisoned = 0
+        self.shape, self.magnitudes, self.signed, self.rows, self._passes = (
+            shape,
+            tuple(magnitudes),
+            tuple(signed),
+            rows,
+            passes,
+        )
+        self.poisoned = 0
+        if passes is not None:
+            passes.watch(self)
 
     def products(
         self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
     ) -> None:
         """See `GradientListener.products`."""
+        if not self._wanted():
+            return
         with torch.no_grad():
             if self.rows is None:
                 self._hand_on(gradient_tap.product(grad, x, rows, columns))
@@ -60,15 +94,27 @@ class DenseGradient:
 
     def weight(self, gradient: torch.Tensor) -> None:
         """See `GradientListener.weight`."""
-        with torch.no_grad():
-            self._hand_on(gradient.to(torch.float32, copy=True))
+        if self._wanted():
+            with torch.no_grad():
+                self._hand_on(gradient.to(torch.float32, copy=True))
+
+    def clear(self) -> None:
+        """See `Restartable.clear`."""
+        self.poisoned = 0
+        for reducer in (*self.magnitudes, *self.signed):
+            reducer.clear()
+
+    def _wanted(self) -> bool:
+        """Whether anybody wants the gradient of the backward pass that runs now."""
+        if self._passes is not None:
+            self._passes.enter()
+        return bool(self.magnitudes or self.signed)
 
     def _hand_on(self, gradient: torch.Tensor) -> None:
         """`gradient` `[out, in]` is ours to overwrite."""
         if not bool(gradient.sum().isfinite()):
             self.poisoned += 1
             return
-        self.seen += 1
         for reducer in self.signed:
             reducer.add(gradient)
         if self.magnitudes:
@@ -77,17 +123,16 @@ class DenseGradient:
             reducer.add(gradient)
 
 
-class UnitScores:
-    """Adds up the norms of a layer's units: `total`, float32 `[pools, units]`, None before the first gradient."""
+class UnitScores(Sum):
+    """Adds up the norms of a layer's units: `total`, float32 `[pools, units]`."""
 
     def __init__(self, structure: Structure, score: UnitScore) -> None:
+        super().__init__()
         self.structure, self.score = structure, score
-        self.total: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor) -> None:
         """See `Reducer.add`; takes magnitudes."""
-        scores = unit_scores(self.structure, gradient, self.score)
-        self.total = scores.clone() if self.total is None else self.total + scores
+        self.gather(unit_scores(self.structure, gradient, self.score))
 
 
 def unit_scores(structure: Structure, magnitudes: torch.Tensor, score: UnitScore) -> torch.Tensor:

@@ -13,9 +13,10 @@ from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT
 from padst_compile.layers import SoftPermutation
 from padst_compile.permutation_search.units import PlaceUnits, place_units
-from padst_compile.training.collector import Reducer
+from padst_compile.training.collector import Reducer, Sum
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import PermutationLearner
+from padst_compile.training.passes import Passes
 from padst_compile.training.permutations import birkhoff
 from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_harden, weight_at
 from padst_compile.training.permutations.blocks import split
@@ -23,7 +24,7 @@ from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
 from padst_compile.training.rearrange import reorder_features
 from padst_compile.training.schedule import acting_steps
-from padst_compile.training.sharding import local, whole
+from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
@@ -138,7 +139,7 @@ class AutoShuffleLearner:
         self._learner: AutoShuffle | None = learner
         self._penalty = learner.penalty()
         self.hardened_at: int | None = None
-        self._gradient = _MatrixGradient()
+        self._gradient = _MatrixGradient(trained.passes)
 
     def _make(self, matrix: torch.Tensor) -> AutoShuffle:
         return AutoShuffle(matrix, learning_rate=_AUTOSHUFFLE_RATE * self.method.learning_rate, owner=self.trained.name)
@@ -159,7 +160,7 @@ class AutoShuffleLearner:
 
     def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """See `PermutationLearner`; listens to its own matrix instead, at every step."""
-        self._gradient = _MatrixGradient()
+        self._gradient = _MatrixGradient(self.trained.passes)
         if self._learner is None:
             gradient_tap.forget(self._soft.state)
         else:
@@ -171,7 +172,7 @@ class AutoShuffleLearner:
         if self._learner is None:
             return
         self._follow_device()
-        own = self._gradient.sum_like(self._learner.matrix, poison_counts=not self._has_finite_gradient())
+        own = self._gradient.sum_like(self._learner.matrix)
         total = world.add_up(own).div_(world.size * loss_scale)
         if bool(total.sum().isfinite()):  # alike on all ranks: NaN spreads
             self._learner.step(total, weight_at(step - 1, self._warmup, self.method.penalty_weight))
@@ -206,11 +207,6 @@ class AutoShuffleLearner:
             self._soft.state.fill_(SOFT)
         self._penalty, self.hardened_at = state["penalty"], state["hardened_at"]
 
-    def _has_finite_gradient(self) -> bool:
-        """Whether the weights' gradient is finite: then what was not came from steps that a GradScaler skipped before."""
-        gradient = self.trained.layer.values.grad
-        return gradient is not None and bool(local(gradient).isfinite().all())
-
     def _harden(self, world: World) -> None:
         if self._learner is not None:
             chosen = world.agree(self._learner.harden().to(self._soft.matrix.device))
@@ -233,12 +229,14 @@ class AutoShuffleLearner:
             self._learner.load_state_dict(state)
 
 
-class _MatrixGradient:
+class _MatrixGradient(Sum):
     """Adds up the gradient of a soft matrix over the backward passes before a step (`gradient_tap`)."""
 
-    def __init__(self) -> None:
-        self.total: torch.Tensor | None = None
+    def __init__(self, passes: Passes) -> None:
+        super().__init__()
         self.poisoned = 0
+        self._passes = passes
+        passes.watch(self)
 
     def products(
         self, grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
@@ -248,14 +246,20 @@ class _MatrixGradient:
 
     def weight(self, gradient: torch.Tensor) -> None:
         """See `GradientListener.weight`."""
+        self._passes.enter()
         if not bool(gradient.sum().isfinite()):
             self.poisoned += 1
         else:
-            self.total = gradient if self.total is None else self.total + gradient
+            self.gather(gradient)
 
-    def sum_like(self, matrix: torch.Tensor, *, poison_counts: bool) -> torch.Tensor:
-        """The sum in the shape of `matrix`, zeros if nothing came, NaN if anything that counts was not finite."""
-        if self.poisoned and (poison_counts or self.total is None):
+    def clear(self) -> None:
+        """See `Restartable.clear`."""
+        super().clear()
+        self.poisoned = 0
+
+    def sum_like(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The sum in the shape of `matrix`, zeros if nothing came, NaN if anything was not finite."""
+        if self.poisoned:
             return torch.full_like(matrix, torch.nan)
         return torch.zeros_like(matrix) if self.total is None else self.total
 
@@ -332,12 +336,12 @@ class SinkhornLearner:
         self._learner.load_state_dict(state)
 
 
-class _BlockGradient:
+class _BlockGradient(Sum):
     """Adds up the gradient of Π in the blocks of a learner: `total`, float32 `[blocks, width, width]`."""
 
     def __init__(self, trained: TrainedLayer, learner: SinkhornSTE) -> None:
+        super().__init__()
         self.trained, self.learner = trained, learner
-        self.total: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor) -> None:
         """See `Reducer.add`; takes the signed gradient."""
@@ -348,10 +352,9 @@ class _BlockGradient:
         if layer.config.permuted == "input":
             back = torch.empty_like(table)
             back[table] = torch.arange(table.numel(), device=table.device)
-            part = torch.einsum("obi,obj->bij", weight[:, places], gradient[:, back[features]])
+            self.gather(torch.einsum("obi,obj->bij", weight[:, places], gradient[:, back[features]]))
         else:
-            part = torch.einsum("bix,bjx->bij", gradient[table[places]], weight[features])
-        self.total = part if self.total is None else self.total + part
+            self.gather(torch.einsum("bix,bjx->bij", gradient[table[places]], weight[features]))
 
 
 class FollowingLearner:
@@ -458,17 +461,16 @@ class RegroupLearner:
         return self.method.fraction / 2 * (1 + math.cos(math.pi * step / self.config.last_update))
 
 
-class _LineScores:
+class _LineScores(Sum):
     """Adds up `|gradient|` per group of lines and place: `total`, float32 `[line groups, n]`."""
 
     def __init__(self, units: PlaceUnits) -> None:
+        super().__init__()
         self.units = units
-        self.total: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor) -> None:
         """See `Reducer.add`; takes magnitudes."""
-        scores = self.units.scores(gradient)
-        self.total = scores.clone() if self.total is None else self.total + scores
+        self.gather(self.units.scores(gradient))
 
 
 def _permutation(trained: TrainedLayer) -> torch.Tensor:

@@ -131,7 +131,11 @@ class Runtime:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer step calls it between two programs
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._newcomers.check(self._number_of(optimizer), optimizer)
+        number = self._number_of(optimizer)
+        self._newcomers.check(number, optimizer)
+        for member in self._members_of(number):
+            if member.listener is not None:
+                member.trained.passes.drop_what_is_lost()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -179,8 +183,10 @@ class Runtime:
             magnitudes, signed = ((), ()) if member.learner is None else member.learner.listen(step)
             own = () if member.scores is None else (member.scores,)
             member.listener = None
-            if own or magnitudes or signed:
-                member.listener = DenseGradient(trained.shape, (*own, *magnitudes), signed, self._rows(trained, step))
+            soft = member.learner is not None and not member.learner.hard  # hears of its matrix, and must know of each pass
+            if own or magnitudes or signed or soft:
+                reducers, rows = (*own, *magnitudes), self._rows(trained, step)
+                member.listener = DenseGradient(trained.shape, reducers, signed, rows, trained.passes)
                 trained.listen(member.listener)
 
     def _rows(self, trained: TrainedLayer, step: int) -> torch.Tensor | None:
@@ -294,9 +300,9 @@ def _gates(trained: TrainedLayer, config: DSTConfig) -> SoftTopK | None:
 
 
 def _finite(member: _Member) -> bool:
-    """Whether this step's gradient and the weights are finite; steps that a GradScaler skipped before do not count."""
+    """Whether this step's gradient and the weights are finite."""
     values = member.trained.layer.values
-    if values.grad is None and member.listener is not None and member.listener.poisoned:
+    if member.listener is not None and member.listener.poisoned:
         return False
     return all(bool(local(tensor).isfinite().all()) for tensor in (values, values.grad) if tensor is not None)
 

@@ -14,6 +14,7 @@ from padst_compile.kernels import gradient_tap
 from padst_compile.layers import PermutedSparseLinear
 from padst_compile.permutation_search.exchanges import Exchanges
 from padst_compile.structures import NM, Shape, Structure
+from padst_compile.training.passes import Passes
 
 _NO_EXCHANGES = Exchanges(())
 _FINE = 4  # weights to a unit, below which units are fine
@@ -38,6 +39,8 @@ class TrainedLayer:
     def __post_init__(self) -> None:
         self.alive: torch.Tensor | None = None  # bool [pools, units]: not yet pruned; None where nothing is pruned
         self.mask: torch.Tensor | None = None  # the same, where the values are
+        held = self.layer.values  # the optimizer's; FSDP2 shows another one while it has gathered it
+        self.passes = Passes(lambda: (held, self.layer.values))
         permutation = self.layer.permutation
         self.start = None if permutation is None else permutation.cpu().clone()  # where the training began
         self._visited = np.packbits(self.active().cpu().numpy())
@@ -97,7 +100,8 @@ class TrainedLayer:
             gradient_tap.listen(layer.topology[0], listener)
 
     def forget(self) -> None:
-        """End `listen`."""
+        """End `listen`, and whatever was added up."""
+        self.passes.forget()
         for layer in self.layers:
             gradient_tap.forget(layer.topology[0])
 
