@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -53,6 +54,15 @@ def remove_drafts(path: Path) -> None:
     """Remove what killed processes left behind while they replaced the file `path`. Nobody may be writing it."""
     for folder in path.parent.glob(f"{_prefix(path.name)}*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _prefix(name: str) -> str:

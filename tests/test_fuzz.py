@@ -32,43 +32,8 @@ from padst_compile.errors import InvalidPermutationError, InvalidTopologyError, 
 from padst_compile.kernels.launch import Tile
 from padst_compile.spec import SparsitySpec, load_spec, spec_from_dict, spec_to_dict
 from padst_compile.structures import Shape, Structure, Topology, parse
+from padst_compile.testing.damage import JSON, NUMBERS, mutated
 from padst_compile.testing.strategies import PackedWeight, packed_weights, specs
-
-NUMBERS = st.integers() | st.sampled_from([0, -1, 2**31 - 1, 2**31, 2**63, 10**30, 10**400])
-JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@st.composite
-def mutated(draw: st.DrawFn, base: Any) -> Any:
-    """A JSON value with one to three places replaced, removed or added."""
-    value = copy.deepcopy(base)
-    for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(value))
-        if not places:
-            return draw(JSON)
-        inner, key = draw(st.sampled_from(places))
-        action = draw(st.sampled_from(["replace", "remove", "add"]))
-        if action == "replace":
-            inner[key] = draw(JSON)
-        elif action == "remove":
-            del inner[key]
-        elif isinstance(inner, dict):
-            inner[draw(st.text(max_size=8))] = draw(JSON)
-        else:
-            inner.insert(key, draw(JSON))
-    return value
-
-
-def _places(value: Any) -> Any:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(items):
-        yield value, key
-        yield from _places(inner)
-
 
 # Specifications
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import padst_compile as padst
 from padst_compile.backend import padst as backend
-from padst_compile.deployment.index_file import WeightsFile
+from padst_compile.deployment.index_file import WeightsFile, own_sha256
 from padst_compile.errors import AlreadySparseError, PretrainedError
 
 SPECS = {
@@ -184,6 +184,7 @@ def edit_index(change: Callable[[dict], object]) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         data = json.loads((folder / "padst.json").read_text())
         change(data)
+        data["sha256"] = own_sha256(data)  # or whatever is changed would be found by this alone
         (folder / "padst.json").write_text(json.dumps(data))
 
     return edit
@@ -212,6 +213,11 @@ def flip_a_bit(folder: Path) -> None:
     weights_of(folder).write_bytes(content)
 
 
+def change_a_name(folder: Path) -> None:
+    file = folder / "padst.json"
+    file.write_text(file.read_text().replace('"first"', '"third"'))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (lambda folder: (folder / "padst.json").unlink(), "cannot be read"),
     "no weights": (lambda folder: weights_of(folder).unlink(), "cannot be read.*whole folder"),
@@ -224,6 +230,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer": (edit_index(lambda data: data.update(version=2)), "version 2"),
     "a field too many": (edit_index(lambda data: data.update(code="x")), "damaged"),
     "a field too few": (edit_index(lambda data: data.pop("layers")), "damaged"),
+    "a name": (change_a_name, "is not as it was saved"),
     "another folder": (edit_index(lambda data: data["weights"].update(file=f"../model-{'0' * 16}.safetensors")), "names no"),
     "structure": (edit_index(lambda data: data["layers"]["first"]["structure"].update(kind="clock")), "unknown structure"),
     "side": (edit_index(lambda data: data["layers"]["first"].update(permuted="left")), "no sparse layer"),

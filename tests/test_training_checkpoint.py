@@ -165,8 +165,8 @@ def _no_data(path: Path) -> None:
     [
         (_missing, "no checkpoint in"),
         (_gone, "names 'data-of-nobody', which is not there"),
-        (_cut, "state.pt cannot be read"),
-        (_no_index, "its index cannot be read"),
+        (_cut, "state.pt is not as it was written"),
+        (_no_index, ".metadata is not as it was written"),
         (_no_data, "is damaged"),
     ],
 )

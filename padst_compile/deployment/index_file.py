@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from padst_compile.conversion import SparsifyReport
-from padst_compile.errors import PretrainedError, SpecError
+from padst_compile.errors import PadstError, PretrainedError
+from padst_compile.files import sha256_of
 from padst_compile.layout import LayerLayout, layouts_from_dict
 from padst_compile.planning import LayerPlan, Refusal
 from padst_compile.spec import SparsitySpec
 
 NAME = "padst.json"
 _FORMAT, _VERSION = "padst_compile", 1
-_FIELDS = ("format", "version", "weights", "shared", "layers", "sparsified")
+_FIELDS = ("format", "version", "weights", "shared", "layers", "sparsified", "sha256")
 _WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")  # a plain name: no file outside the folder can be meant
 
 
@@ -39,7 +40,7 @@ class WeightsFile:
     @classmethod
     def of(cls, path: Path) -> WeightsFile:
         """Describes the file `path` under the name that its content gives it."""
-        digest = _sha256(path)
+        digest = sha256_of(path)
         return cls(f"model-{digest[:16]}.safetensors", path.stat().st_size, digest)
 
     def check(self, folder: Path) -> Path:
@@ -53,7 +54,7 @@ class WeightsFile:
             size = path.stat().st_size
             if size != self.bytes:
                 raise PretrainedError(f"{path} has {size} bytes, not {self.bytes}; it is not complete, copy the folder again")
-            if _sha256(path) != self.sha256:
+            if sha256_of(path) != self.sha256:
                 raise PretrainedError(f"{path} is not the file that was saved: its sha256 is another; copy the folder again")
         except OSError as error:
             raise PretrainedError(f"{path} cannot be read ({error}); copy the whole folder") from error
@@ -95,7 +96,7 @@ class Index:
             "layers": dict(self.layers),
             "sparsified": _report_to_dict(self.report),
         }
-        return json.dumps(data, indent=1) + "\n"
+        return json.dumps({**data, "sha256": own_sha256(data)}, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -117,20 +118,20 @@ class Index:
             raise PretrainedError(f"{path} has version {data.get('version')!r}; this padst_compile reads version {_VERSION}")
         if sorted(data) != sorted(_FIELDS):
             raise PretrainedError(f"{path} is damaged: it should have {', '.join(_FIELDS)}, and has {', '.join(sorted(data))}")
+        if data["sha256"] != own_sha256(data):
+            raise PretrainedError(f"{path} is not as it was saved: its sha256 is another; copy the folder again")
         try:
             layers = layouts_from_dict(data["layers"])
             report = _report_from_dict(data["sparsified"], layers)
             return cls(_weights(data["weights"]), _shared(data["shared"]), data["layers"], report)
-        except (KeyError, TypeError, AttributeError, IndexError, SpecError, PretrainedError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, PadstError) as error:
             raise PretrainedError(f"{path} is damaged: {error}") from error
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def own_sha256(data: Mapping[str, Any]) -> str:
+    """Of all other fields of an index, by which a damaged one is told from another model's."""
+    rest = {name: value for name, value in data.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _weights(data: Mapping[str, Any]) -> WeightsFile:

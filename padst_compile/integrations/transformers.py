@@ -25,6 +25,7 @@ from padst_compile.errors import AttachError, ResumeError
 from padst_compile.files import replace_file
 from padst_compile.integrations.transformers_quantizer import PadstConfig
 from padst_compile.training import DSTConfig, Runtime, attach, finalize
+from padst_compile.training.state_file import read_state
 
 __all__ = ["PadstCallback", "PadstConfig"]
 
@@ -61,7 +62,11 @@ class PadstCallback(TrainerCallback):
             file = _checkpoint(args, state) / _STATE
             if not file.exists():
                 raise ResumeError(f"{file.parent} has no state of the sparse training; it was saved without PadstCallback")
-            self.runtime.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            try:
+                found = read_state(file)
+            except (OSError, ValueError) as error:
+                raise ResumeError(f"{file} cannot be read ({error}); resume from another checkpoint") from error
+            self.runtime.load_state_dict(found)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Save the runtime's state into the trainer's checkpoint."""

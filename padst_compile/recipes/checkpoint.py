@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,20 @@ import torch
 
 from padst_compile.errors import RunFolderError
 from padst_compile.files import replace_file
+from padst_compile.recipes.writing import writing
+from padst_compile.training.state_file import read_state
 
 _VERSION = 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` by `state`: tensors, numbers, strings, and lists and dictionaries of them."""
-    replace_file(path, lambda draft: torch.save({"version": _VERSION, **state}, draft))
+    """Replace the checkpoint at `path` by `state`: tensors, numbers, strings, and lists and dictionaries of them.
+
+    Raises:
+        RunFolderError: it cannot be written; the one before is still there.
+    """
+    with writing(path):
+        replace_file(path, lambda draft: torch.save({"version": _VERSION, **state}, draft))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
@@ -30,8 +36,8 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        state = read_state(path, device)
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read ({error}); delete it to start this run again") from error
     if not isinstance(state, dict) or state.pop("version", None) != _VERSION:
         raise RunFolderError(f"{path} is no checkpoint of version {_VERSION}; delete it to start this run again")

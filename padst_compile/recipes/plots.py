@@ -8,6 +8,7 @@ from typing import Any
 
 from padst_compile.files import replace_file
 from padst_compile.recipes.packages import require
+from padst_compile.recipes.writing import writing
 
 _PANELS = (
     ("loss", ("loss", "validation_loss")),
@@ -26,6 +27,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Raises:
         MissingPackageError: matplotlib is missing.
+        RunFolderError: they cannot be written.
     """
     figure = require("matplotlib.figure", "drawing curves")
     present = {name for row in rows for name in row}
@@ -41,4 +43,5 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) == 1 else "")
         if len(names) > 1:
             axes.legend()
-    replace_file(path, lambda draft: canvas.savefig(draft, format="png", dpi=110))
+    with writing(path):
+        replace_file(path, lambda draft: canvas.savefig(draft, format="png", dpi=110))

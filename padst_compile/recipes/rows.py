@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from padst_compile.files import replace_text
+from padst_compile.recipes.writing import writing
 
 
 class Rows:
@@ -22,8 +23,12 @@ class Rows:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; when this returns, it outlives the process."""
-        with self.path.open("a") as file:
+        """Add a row; when this returns, it outlives the process.
+
+        Raises:
+            RunFolderError: it cannot be written; so do the others below that write.
+        """
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
@@ -42,10 +47,11 @@ class Rows:
         """Drop the rows of later steps, which a run that continues from a checkpoint writes again."""
         kept = [row for row in self.read() if row["step"] <= step]
         if self.path.exists():
-            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            with writing(self.path):
+                replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def flush(self) -> None:
         """Put the rows on the disk, where they outlive a power failure."""
         if self.path.exists():
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 os.fsync(file.fileno())

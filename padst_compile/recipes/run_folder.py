@@ -14,6 +14,7 @@ from padst_compile.errors import PadstError, RunFolderError
 from padst_compile.files import remove_drafts, replace_file
 from padst_compile.recipes.config import TrainConfig, differences
 from padst_compile.recipes.rows import Rows
+from padst_compile.recipes.writing import writing
 
 _LOCK = ".lock"
 
@@ -78,8 +79,13 @@ class RunFolder:
         return _config(self.config)
 
     def write(self, path: Path, content: Any) -> None:
-        """Replace a JSON file of the run."""
-        replace_file(path, lambda draft: draft.write_text(json.dumps(content, indent=1) + "\n"))
+        """Replace a JSON file of the run.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        with writing(path):
+            replace_file(path, lambda draft: draft.write_text(json.dumps(content, indent=1) + "\n"))
 
     def read(self, path: Path) -> Any:
         """A JSON file of the run.

@@ -15,14 +15,21 @@ from padst_compile.recipes.data import Data
 from padst_compile.recipes.run_folder import RunFolder
 from padst_compile.recipes.session import build_sparse, find_device
 from padst_compile.recipes.tasks import Task, make_task
+from padst_compile.recipes.writing import writing
 from padst_compile.spec import save_spec
 
 
 def save_trained(model: nn.Module, config: TrainConfig, data: Data, folder: RunFolder) -> None:
-    """Write `model.safetensors`, `spec.json` (of a sparse model) and `data.json`."""
-    replace_file(folder.weights, lambda draft: save_model(model, str(draft)))  # knows tied weights
+    """Write `model.safetensors`, `spec.json` (of a sparse model) and `data.json`.
+
+    Raises:
+        RunFolderError: one of them cannot be written.
+    """
+    with writing(folder.weights):
+        replace_file(folder.weights, lambda draft: save_model(model, str(draft)))  # knows tied weights
     if config.final_sparsity is not None:
-        save_spec(config.final_sparsity, folder.spec)
+        with writing(folder.spec):
+            save_spec(config.final_sparsity, folder.spec)
     folder.write(folder.data, data.describe())
 
 

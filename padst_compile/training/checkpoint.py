@@ -9,7 +9,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,10 +21,12 @@ from padst_compile.training.attach import unwrapped
 from padst_compile.training.checkpoint_folder import CheckpointFolder
 from padst_compile.training.runtime import Runtime
 from padst_compile.training.sharding import resharder
+from padst_compile.training.state_file import read_state
 from padst_compile.training.world import World
 
 _VERSION = 1
 _STATE = "state.pt"  # what is the same on all ranks, beside the tensors of model and optimizers
+_INDEX = ".metadata"  # torch's, of those tensors
 
 
 def save_checkpoint(
@@ -50,6 +52,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: it cannot be written, or `extra` holds something else; on all ranks. The one before is still there.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -61,14 +64,21 @@ def save_checkpoint(
     def publish() -> str:
         torch.save(state, folder.path / name / _STATE)
         sync(folder.path / name / _STATE)
+        folder.seal(name, (_INDEX, _STATE))
         folder.publish(name)
         return name
 
     with _as_checkpoint_error(f"the checkpoint in {path} could not be written"), _on_purpose_alone():
         name = world.on_first(folder.begin)
-        writer = FileSystemWriter(folder.path / name)  # its files are on the disk when this returns
-        save(training.tensors(), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
-        world.on_first(publish)
+        try:
+            writer = FileSystemWriter(folder.path / name)  # its files are on the disk when this returns
+            save(training.tensors(), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
+            world.on_first(publish)
+        except (Exception, CheckpointException):  # which is a BaseException
+            if world.rank == 0:
+                with contextlib.suppress(OSError):  # the next checkpoint tries again
+                    folder.clear()
+            raise
 
 
 def load_checkpoint(
@@ -84,7 +94,7 @@ def load_checkpoint(
     number generators are loaded then. While it loads, weights and optimizer state exist twice.
 
     Args:
-        path: the folder. Python objects are read from it: load checkpoints only of those whom you trust.
+        path: the folder. Nothing that is in its files is executed.
         model: as for `save_checkpoint`.
         optimizer: the same.
         runtime: the same.
@@ -101,19 +111,22 @@ def load_checkpoint(
     from padst_compile.training.checkpoint_reader import CheckpointReader
 
     training, error = _Training(model, optimizer, runtime), None
+    damage = f"the checkpoint in {path} is damaged"
     try:
-        data = CheckpointFolder(Path(path)).current()
-        state, stored = _read_state(data), _read_metadata(data)
-        training.check(state, stored)
-        room = training.room_for(state, stored)
+        with _as_made_up(damage):
+            data = CheckpointFolder(Path(path)).checked()
+            state, stored = _read_state(data), _read_metadata(data)
+            extra: dict[str, Any] = state["extra"]
+            training.check(state, stored)
+            room = training.room_for(state, stored)
     except PadstError as caught:
         error = caught
     _raise(training.world.first_error(error))
-    with _as_checkpoint_error(f"the checkpoint in {path} is damaged"), _on_purpose_alone():
+    with _as_checkpoint_error(damage), _on_purpose_alone():
         reader, world = CheckpointReader(data), training.world
         load(room, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
-    training.load(state, room)
-    extra: dict[str, Any] = state["extra"]
+    with _as_made_up(damage):
+        training.load(state, room)
     return extra
 
 
@@ -202,12 +215,13 @@ def _check_model(own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
 
 def _read_state(data: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(data / _STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = read_state(data / _STATE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"the checkpoint in {data.parent} is damaged: {_STATE} cannot be read ({error})") from error
-    if state.get("version") != _VERSION:
-        raise CheckpointError(f"{data.parent}: checkpoints of version {_VERSION} can be loaded, not {state.get('version')!r}")
-    return state
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != _VERSION:
+        raise CheckpointError(f"{data.parent}: checkpoints of version {_VERSION} can be loaded, not {version!r}")
+    return cast("dict[str, Any]", state)
 
 
 def _read_metadata(data: Path) -> dict[str, Any]:
@@ -277,3 +291,14 @@ def _as_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {reasons}") from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def _as_made_up(what: str) -> Iterator[None]:
+    """For reading a state that is whole and yet may be none of ours."""
+    try:
+        yield
+    except PadstError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{what}: {error!r}") from error

@@ -2,19 +2,25 @@
 
 <folder>/current        the name of the complete one, replaced atomically
 <folder>/data-<token>/  one checkpoint; any but the current one is a draft, or about to be deleted
+<folder>/data-<token>/digests.json  sha256 of the files that say what the rest is
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from padst_compile.errors import CheckpointError
-from padst_compile.files import remove_drafts, replace_file, sync
+from padst_compile.files import remove_drafts, replace_file, sha256_of, sync
 
 _PREFIX = "data-"
+_NAME = re.compile(f"{_PREFIX}[0-9a-f]{{16}}")
+_DIGESTS = "digests.json"
 
 
 class CheckpointFolder:
@@ -41,15 +47,37 @@ class CheckpointFolder:
         except ValueError as error:
             raise CheckpointError(f"the checkpoint in {self.path} is damaged: {self._pointer.name} is no text") from error
         data = self.path / name
-        if not name.startswith(_PREFIX) or Path(name).name != name or not data.is_dir():
+        if not _NAME.fullmatch(name) or not data.is_dir():
             raise CheckpointError(f"the checkpoint in {self.path} is damaged: it names {name!r}, which is not there")
         return data
+
+    def checked(self) -> Path:
+        """The complete checkpoint, once its sealed files are found to be as they were written.
+
+        Raises:
+            CheckpointError: there is none, or a file is not.
+        """
+        data = self.current()
+        try:
+            digests = json.loads((data / _DIGESTS).read_text())
+            changed = [name for name, digest in digests.items() if sha256_of(data / name) != digest]
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {error}") from error
+        if changed:
+            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {changed[0]} is not as it was written")
+        return data
+
+    def seal(self, name: str, files: Iterable[str]) -> None:
+        """Note the digests of files of a new checkpoint, for `checked`."""
+        digests = {file: sha256_of(self.path / name / file) for file in files}
+        (self.path / name / _DIGESTS).write_text(json.dumps(digests))
+        sync(self.path / name / _DIGESTS)
 
     def begin(self) -> str:
         """Clear away what is not complete and make room for a new checkpoint: the name of its folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_drafts(self._pointer)
-        self._clear()
+        self.clear()
         name = f"{_PREFIX}{secrets.token_hex(8)}"
         (self.path / name).mkdir()
         return name
@@ -58,9 +86,10 @@ class CheckpointFolder:
         """Make the new checkpoint, whose files are on the disk, the current one, and delete the one before."""
         sync(self.path / name)
         replace_file(self._pointer, lambda draft: draft.write_text(name))
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Delete all checkpoints but the current one."""
         keep = None
         with contextlib.suppress(CheckpointError):
             keep = self.current()

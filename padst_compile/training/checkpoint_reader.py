@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as index_classes
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 
 # `BytesStorageMetadata` marks what torch unpickles without any check; our checkpoints hold tensors alone.
 _UNSAFE = {"BytesStorageMetadata"}
@@ -57,12 +59,35 @@ def _allowed(module: str, name: str) -> bool:
 
 
 def _read(file: BinaryIO) -> Metadata:
+    content = file.read()
     try:
-        index = _IndexUnpickler(file).load()
+        _check_memory(content)
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+        _check_entries(index)
     except (pickle.UnpicklingError, OSError):
         raise
     except Exception as error:  # a damaged pickle raises whatever the classes that it misuses raise
         raise pickle.UnpicklingError(repr(error)) from error
+    return cast("Metadata", index)
+
+
+def _check_memory(content: bytes) -> None:
+    """Refuse places and lengths that a file of this size has no use for: unpickling makes room for them before it looks."""
+    for opcode, argument, _ in pickletools.genops(content):
+        sized = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "FRAME")
+        if sized and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError(f"it makes room for {argument} values")
+
+
+def _check_entries(index: object) -> None:
     if not isinstance(index, Metadata):
         raise pickle.UnpicklingError(f"it holds {type(index).__name__}, no index")
-    return index
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata) or not _describes(name, entry.size, entry.properties):
+            raise pickle.UnpicklingError(f"it does not describe {name!r} as a tensor")
+
+
+def _describes(name: object, size: object, properties: object) -> bool:
+    if not isinstance(name, str) or not isinstance(size, torch.Size):
+        return False
+    return isinstance(properties, TensorProperties) and isinstance(properties.dtype, torch.dtype)
