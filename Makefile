@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training training-matrix gate kernels-offline report mutants docs fuzz sanitize clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training training-matrix gate kernels-offline report mutants docs fuzz soak sanitize clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -23,7 +23,10 @@ test: $(VENV)/.installed-test ## the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.installed-test ## nonsense in files and index tensors, many examples, others each time (FUZZ_ARGS='-k index')
-	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q tests/test_fuzz.py $(FUZZ_ARGS)
+	HYPOTHESIS_PROFILE=fuzz $(PY) -m pytest -q tests/test_fuzz.py tests/test_fuzz_saved.py $(FUZZ_ARGS)
+
+soak: $(VENV)/.installed-test ## 10,000 calls and 200 updates of topologies: memory stays flat, nothing is compiled anew
+	PADST_SOAK=1 $(PY) -m pytest -q tests/test_soak.py
 
 sanitize: $(VENV)/.installed-test ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/sanitize $(PY)
