@@ -37,6 +37,8 @@ SCENARIOS = (
     "different models",
     "one rank sees nan",
     "tensor parallel",
+    "fsdp and others",
+    "hsdp block rigl",
 )
 
 

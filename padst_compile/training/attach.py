@@ -18,7 +18,7 @@ from padst_compile.training.config import DSTConfig
 from padst_compile.training.learners import make_learners
 from padst_compile.training.newcomers import Newcomers
 from padst_compile.training.runtime import Runtime
-from padst_compile.training.sharding import is_sharded, resharder
+from padst_compile.training.sharding import is_sharded, not_of_fsdp, resharder
 from padst_compile.training.topology import needs_gradient
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -65,6 +65,7 @@ def attach(
     reshard()
     named = list(sparse_layers(unwrapped(model)))
     _check(named, optimizers, config)
+    _check_shards(model, named)
     layers = _trained_layers(named, optimizers)
     _stagger(layers, config)
     _check_ranks(layers, world)
@@ -192,7 +193,7 @@ def _unfit(layer: PermutedSparseLinear, config: DSTConfig) -> str | None:
             "must begin with all its diagonals, among which method 'dynadiag' chooses; sparsify with Diagonal() at "
             "sparsity=0, and give the sparsity to reach as DSTConfig.final_sparsity"
         )
-    return _tensor_parallel(layer)
+    return None
 
 
 def _has_all_diagonals(layer: PermutedSparseLinear) -> bool:
@@ -200,22 +201,18 @@ def _has_all_diagonals(layer: PermutedSparseLinear) -> bool:
     return isinstance(structure, Diagonal) and bool(structure.active_units(layer.topology, layer.config.shape).all())
 
 
-def _tensor_parallel(layer: PermutedSparseLinear) -> str | None:
-    """Why a layer's sharding is not data-parallel, or None: units would be split among ranks."""
-    if not is_sharded(layer.values):
-        return None
-    from torch.distributed.tensor import Replicate, Shard
-
-    placements = layer.values.placements  # type: ignore[attr-defined]  # DTensor
-    odd = [p for p in placements if p not in (Shard(0), Replicate())]
-    names = layer.values.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]  # DTensor
-    if odd or "tp" in names:
-        how = ", ".join(map(str, placements))
-        return (
-            f"is split for tensor parallelism ({how}), which would divide its units and needs gradients of its own; "
-            "leave it out of the plan, and use fully_shard (along dimension 0) or DistributedDataParallel"
-        )
-    return None
+def _check_shards(model: nn.Module, named: Sequence[tuple[str, PermutedSparseLinear]]) -> None:
+    """Refuse weights that are sharded otherwise than by FSDP2: units would be split among ranks. A collective where any are."""
+    sharded = [layer for _, layer in named if is_sharded(layer.values)]
+    foreign = not_of_fsdp(model, sharded) if sharded else []
+    for name, layer in named:
+        if any(layer is other for other in foreign):
+            how = ", ".join(map(str, layer.values.placements))  # type: ignore[attr-defined]  # DTensor
+            raise AttachError(
+                f"layer {name!r} is split for tensor parallelism, or by hand ({how}): not by fully_shard, or not by it alone, "
+                "which would divide its units and needs gradients of its own; leave it out of the plan, and use fully_shard or "
+                "DistributedDataParallel"
+            )
 
 
 def _stagger(layers: Sequence[TrainedLayer], config: DSTConfig) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from padst_compile.layers import PermutedSparseLinear
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,10 +51,32 @@ def resharder(model: nn.Module) -> Callable[[], None]:
     A forward pass leaves the outermost module's parameters gathered, until the backward pass: as copies that no optimizer
     holds, under the names of the sharded ones. Where nothing is gathered, or nothing sharded, the function does nothing.
     """
-    groups: list[Any] = [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]
+    groups = _fsdp_modules(model)
 
     def reshard() -> None:
         for module in groups:
             module.reshard()
 
     return reshard
+
+
+def not_of_fsdp(model: nn.Module, layers: Sequence[PermutedSparseLinear]) -> list[PermutedSparseLinear]:
+    """Those of the layers, all with sharded values, that FSDP2 does not shard, or not alone; all ranks ask together.
+
+    A mesh and its placements look alike whoever sharded. But what FSDP2 alone has sharded is a plain tensor while its module
+    has gathered it, and anything else stays a DTensor. Modules are gathered one after the other, the innermost first.
+    """
+    rest = list(layers)
+    for module in reversed(_fsdp_modules(model)):
+        inside = [layer for layer in module.modules() if any(layer is other for other in rest)]
+        if inside:
+            module.unshard()
+            gathered = [layer for layer in inside if not is_sharded(layer.values)]
+            module.reshard()
+            rest = [layer for layer in rest if not any(layer is other for other in gathered)]
+    return rest
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on, outer ones first."""
+    return [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]

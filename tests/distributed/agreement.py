@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -241,8 +242,6 @@ def one_rank_sees_nan() -> None:
 
 def tensor_parallel() -> None:
     """A layer split by columns is refused with the reason, and torch's own plan refuses to split it."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("tp",))
@@ -253,18 +252,50 @@ def tensor_parallel() -> None:
     except NotImplementedError as error:
         refusal = str(error)
     assert "nn.Linear" in refusal, refusal or "torch took the plan"
-    for dimension, mesh_name in ((1, "dp"), (0, "tp")):
+    for dimension, mesh_name in ((1, "dp"), (0, "tp"), (0, "dp"), (0, None)):
         model = make_model("block:8", 0.6, "none", "input")
-        layer = dict(sparse_layers(model))["0"]
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=(mesh_name,))
-        layer.values = nn.Parameter(distribute_tensor(layer.values.detach(), mesh, [Shard(dimension)]))
-        refusal = ""
-        try:
-            padst.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), make_config("set", None))
-        except padst.errors.AttachError as error:
-            refusal = str(error)
-        assert "tensor parallelism" in refusal, refusal or "attach took it"
-        assert "'0'" in refusal, refusal
+        split_by_hand(model, dimension, mesh_name)
+        refused(model)
+
+
+def split_by_hand(model: nn.Module, dimension: int, mesh_name: str | None) -> nn.Parameter:
+    """Make the values of the first sparse layer a DTensor."""
+    names = None if mesh_name is None else (mesh_name,)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=names)
+    layer = dict(sparse_layers(model))["0"]
+    layer.values = nn.Parameter(distribute_tensor(layer.values.detach(), mesh, [Shard(dimension)]))
+    return layer.values
+
+
+def refused(model: nn.Module) -> None:
+    refusal = ""
+    try:
+        padst.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), make_config("set", None))
+    except padst.errors.AttachError as error:
+        refusal = str(error)
+    assert "tensor parallelism" in refusal, refusal or "attach took it"
+    assert "'0'" in refusal, refusal
+
+
+def fsdp_and_others() -> None:
+    """In a model under FSDP2, what FSDP2 was told to ignore, and what it sharded on top of another sharding, is refused."""
+    ignoring = make_model("block:8", 0.6, "none", "input")
+    fully_shard(ignoring, ignored_params={split_by_hand(ignoring, 0, None)})
+    refused(ignoring)
+    world = distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "model"))
+    both = make_model("block:8", 0.5, "none", "input")
+    layer = dict(sparse_layers(both))["0"]
+    layer.values = nn.Parameter(distribute_tensor(layer.values.detach(), mesh["model"], [Shard(0)]))
+    fully_shard(both[0], mesh=mesh["dp"])  # type: ignore[index]  # a Sequential
+    refused(both)
+
+
+def replicated_shards(model: nn.Module) -> nn.Module:
+    """HSDP: sharded along one dimension of the mesh, replicated along the other."""
+    world = distributed.get_world_size()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards")))
+    return model
 
 
 SCENARIOS: dict[str, Callable[[], None]] = {
@@ -289,6 +320,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "different models": different_models,
     "one rank sees nan": one_rank_sees_nan,
     "tensor parallel": tensor_parallel,
+    "fsdp and others": fsdp_and_others,
+    "hsdp block rigl": lambda: train(replicated_shards, "block:8", 0.6, "rigl"),
 }
 
 
