@@ -9,7 +9,8 @@ PY = $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training training-matrix gate kernels-offline report mutants docs fuzz soak sanitize clean
+.PHONY: help venv demo test test-oldest lint format bench bench-cpu bench-training training-matrix gate kernels-offline \
+	kernels-offline-oldest report mutants docs fuzz soak sanitize clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 17
@@ -56,6 +57,9 @@ bench: bench-cpu bench-training ## all measurements of speed on the CPU; writes 
 
 kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs that are not there (ARGS='--target sm_90 --record')
 	TRITON_CACHE_DIR=$(CURDIR)/.cache/triton $(PY) -m padst_compile.kernels.offline --golden tests/golden/offline.json $(ARGS)
+
+kernels-offline-oldest: ## the same with the Triton of the oldest supported torch, in .venv-oldest
+	$(MAKE) kernels-offline VENV=.venv-oldest CONSTRAINT='$(OLDEST_TORCH)' ARGS='$(ARGS)'
 
 bench-cpu: $(VENV)/.installed-demo ## layers beside every peer on the CPU; writes into benchmarks/results/
 	$(PY) benchmarks/kernels.py --peers onnxruntime deepsparse sparselab

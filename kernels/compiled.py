@@ -10,6 +10,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Compiled:
         shared_bytes: shared memory of one program.
         products: how many tensor-core instructions there are, by name ("wgmma", "mma", "tcgen05", "mfma").
         wide_loads: copies of 16 bytes to shared memory, or of whole tiles, that do not wait.
+        carried_tiles: tiles of 16-bit numbers that a loop hands from step to step in registers.
     """
 
     registers: int
@@ -38,6 +40,7 @@ class Compiled:
     shared_bytes: int
     products: dict[str, int]
     wide_loads: int
+    carried_tiles: int
 
 
 TARGETS = {
@@ -57,7 +60,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     """
     compiled = triton.compile(_source(launch, TARGETS[target]), target=TARGETS[target], options=launch.options)
     if "cubin" not in compiled.asm:
-        return _from_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
+        return _from_amdgcn(compiled.asm, compiled.metadata.shared)
     usage, ptx = _resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"]
     return Compiled(
         registers=usage["REG"],
@@ -65,6 +68,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         products={name: count for name, text in _PRODUCTS.items() if (count := ptx.count(text))},
         wide_loads=len(re.findall(r"cp\.async\.[^;]*, 0x10|cp\.async\.bulk\.tensor", ptx)),
+        carried_tiles=_carried_tiles(compiled.asm["ttgir"]),
     )
 
 
@@ -98,7 +102,13 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def _from_amdgcn(assembly: str, shared_bytes: int) -> Compiled:
+def _carried_tiles(ttgir: str) -> int:
+    loops = re.findall(r"scf\.for .*-> \((.*)\)", ttgir)
+    return sum(len(re.findall(r"tensor<\d+x\d+xb?f16", carried)) for carried in loops)
+
+
+def _from_amdgcn(asm: Mapping[str, str], shared_bytes: int) -> Compiled:
+    assembly = asm["amdgcn"]
     numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly)}
     return Compiled(
         registers=numbers["vgpr_count"],
@@ -106,4 +116,5 @@ def _from_amdgcn(assembly: str, shared_bytes: int) -> Compiled:
         shared_bytes=shared_bytes,
         products={name: count for name, text in _PRODUCTS.items() if (count := assembly.count(text))},
         wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        carried_tiles=_carried_tiles(asm["ttgir"]),
     )

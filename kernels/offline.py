@@ -1,9 +1,9 @@
 """Compiles the kernels for GPUs that are not there: `python -m padst_compile.kernels.offline`, or `make kernels-offline`.
 
 Every tile that a tuner may choose must compile without spilled registers, within the chip's shared memory, to the
-tensor-core instructions and the wide copies that its kernel claims. What it uses is printed; for the default tiles it is
-compared with a recorded file, one part for each version of Triton, so that a change of kernels or of the compiler shows. With
-a version that is not recorded nothing is compared, which is said; the claims are checked all the same.
+tensor-core instructions, the wide copies and the depth of pipeline that its kernel claims. What it uses is printed; for the
+default tiles it is compared with a recorded file, one part for each version of Triton, so that a change of kernels or of the
+compiler shows. With a version that is not recorded nothing is compared, which is said; the claims are checked all the same.
 """
 
 from __future__ import annotations
@@ -93,16 +93,21 @@ def examine(case: Case, target: Target) -> Finding:
         faults.append(f"no {case.product}, but {'+'.join(compiled.products) or 'none'}")
     if case.wide_loads and not compiled.wide_loads:
         faults.append("no wide copies")
-    return Finding(case, compiled, tuple(faults))
+    if case.carried and not compiled.carried_tiles:
+        faults.append("no tile of the next step in registers")
+    finding = Finding(case, compiled, ())
+    if finding.depth < case.depth:
+        faults.append(f"a pipeline of depth {finding.depth}, not {case.depth}")
+    return dataclasses.replace(finding, faults=tuple(faults))
 
 
 def recorded(findings: Sequence[Finding]) -> Golden:
-    """What is kept of the findings: those of the default tiles, which come first."""
-    return {finding.case.subject: f"{finding.case.form}: {finding.record}" for finding in reversed(findings)}
+    """What is kept of the findings of default tiles."""
+    return {finding.case.subject: f"{finding.case.form}: {finding.record}" for finding in findings}
 
 
 def differences(findings: Sequence[Finding], golden: Golden, whole: bool) -> list[str]:
-    """How what was found differs from what was recorded; `whole` if all cases were compiled."""
+    """How what was found of default tiles differs from what was recorded; `whole` if all of them were compiled."""
     found = recorded(findings)
     changed = [f"{name} | {golden[name]} -> {found[name]}" for name in found if golden.get(name, found[name]) != found[name]]
     new = [f"{name}: not recorded" for name in found if name not in golden]
@@ -145,13 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = 0
     for target in options.target:
         cases = [case for case in all_cases(target) if all(word in case.subject for word in options.only)]
-        if options.first:
-            cases = list({case.subject: case for case in reversed(cases)}.values())[::-1]
-        whole = not options.only and not options.first
-        findings = check(target, cases, options.workers)
+        defaults = {case.subject: case for case in reversed(cases)}  # each problem's first
+        number, parts = options.part
+        chosen = list(defaults.values())[::-1] if options.first else cases[number - 1 :: parts]
+        whole = not options.only and parts == 1
+        findings = check(target, chosen, options.workers)
+        of_defaults = [finding for finding in findings if defaults[finding.case.subject] is finding.case]
         if options.record:
-            section[target] = {**({} if whole else section.get(target, {})), **recorded(findings)}
-        changes = differences(findings, section.get(target, {}), whole) if compared else []
+            section[target] = {**({} if whole else section.get(target, {})), **recorded(of_defaults)}
+        changes = differences(of_defaults, section.get(target, {}), whole) if compared else []
         wrong += _report(console, target, findings, changes)
     if not compared:
         console.print(_not_recorded(golden), markup=False, highlight=False, soft_wrap=True)
@@ -180,12 +187,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", action="append", choices=list(DEVICES), help="architectures (default: all)")
     parser.add_argument("--only", action="append", default=[], help="problems whose description has this in it")
     parser.add_argument("--first", action="store_true", help="the default tile of each problem alone")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="of N parts of the cases, the I-th")
     parser.add_argument("--golden", type=Path, required=True, help="the recorded file to compare with")
     parser.add_argument("--record", action="store_true", help="write what was compiled into that file")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
     options = parser.parse_args(arguments)
     options.target = options.target or list(DEVICES)
     return options
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, parts = (int(word) for word in text.split("/"))
+    if not 1 <= number <= parts:
+        raise ValueError(text)
+    return number, parts
 
 
 if __name__ == "__main__":

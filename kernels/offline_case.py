@@ -31,6 +31,8 @@ class Case:
         step_bytes: of shared memory that one stage of the pipeline takes; 0 where there is no pipeline.
         product: the tensor-core instruction that must occur ("mma", "wgmma", "tcgen05", "mfma"), or None.
         wide_loads: whether the operands must be copied 16 bytes at a time, or as whole tiles, without waiting.
+        depth: steps of the loop that shared memory must hold at once; 0 where nothing is claimed.
+        carried: whether the loop must carry a tile of 16-bit operands in registers, those of its next step.
     """
 
     problem: Problem
@@ -39,6 +41,8 @@ class Case:
     step_bytes: int = 0
     product: str | None = None
     wide_loads: bool = False
+    depth: int = 0
+    carried: bool = False
 
     @property
     def subject(self) -> str:
@@ -56,3 +60,12 @@ class Case:
         """How it is cut."""
         t = self.tile
         return f"{t.tokens}x{t.outputs}x{t.depth} warps={t.warps} stages={t.stages} {t.variant}"
+
+
+def pipeline_depth(problem: Problem, tile: Tile, product: str | None) -> int:
+    """Steps of the loop that shared memory holds at once where copies do not wait: `Case.depth`.
+
+    All stages where tensor cores read the operands there, one less where these are in registers before they are multiplied.
+    """
+    in_place = product in ("wgmma", "tcgen05") and problem.precision != "tf32x3"
+    return tile.stages if in_place else tile.stages - 1

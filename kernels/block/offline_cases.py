@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from padst_compile.kernels.block.tiles import element_by_element, step_bytes, tiles
+from padst_compile.kernels.block.tiles import element_by_element, gathered_in_half, step_bytes, tiles
 from padst_compile.kernels.block.triton import Blocks, linear_launch, value_gradient_launch
 from padst_compile.kernels.block.triton_mlp import default_tile as mlp_tile
 from padst_compile.kernels.block.triton_mlp import mlp_launch
 from padst_compile.kernels.launch import Problem, Tile
 from padst_compile.kernels.meta_arguments import activations, extras, index
-from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target
+from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target, pipeline_depth
 from padst_compile.kernels.token_shares import TokenShares
 from padst_compile.kernels.triton_support import Launch, token_bucket
 from padst_compile.structures import Block, parse
@@ -28,14 +28,16 @@ def offline_cases(target: Target) -> Iterator[Case]:
             continue  # Triton has it for NVIDIA alone, see `triton_support.precision`
         # `group` orders the programs, which compiles to the same.
         for tile in dict.fromkeys(dataclasses.replace(tile, group=8) for tile in tiles(problem)):
-            launch = launch_of(problem, tile)
+            launch, product = launch_of(problem, tile), _product(problem, tile, target)
             yield Case(
                 problem,
                 tile,
                 launch,
                 step_bytes=step_bytes(problem, tile),
-                product=_product(problem, tile, target),
+                product=product,
                 wide_loads=_wide(problem, tile, target),
+                depth=0 if gathered_in_half(problem) else pipeline_depth(problem, tile, product),
+                carried=tile.variant == "ahead",
             )
     yield from _mlps(target)
 
@@ -89,7 +91,8 @@ def _mlps(target: Target) -> Iterator[Case]:
         tile = mlp_tile(x, size, size)
         launch = mlp_launch(x, first, second, 3072, x, (None, x[0]), x, "gelu", precision)
         step = (tile.tokens + size) * tile.depth * x.element_size()
-        yield Case(problem, tile, launch, step, TENSOR_CORES[target], wide_loads=True)
+        product = TENSOR_CORES[target]
+        yield Case(problem, tile, launch, step, product, wide_loads=True, depth=pipeline_depth(problem, tile, product))
 
 
 def _stored(size: int, in_features: int, out_features: int, dtype: torch.dtype) -> Blocks:

@@ -23,6 +23,7 @@ _STAGES = (3, 4, 5)
 _GROUPS = (8, 1)
 _FEW_TOKENS = 256
 _ALIGNED = 16  # elements: what Triton asks of sizes and strides before it copies 16 bytes at once
+_LEAST_COPY = 4  # bytes that a copy to shared memory moves at least, if it does not wait
 _MOST_POINTERS = 32  # of inputs, per thread, two registers each
 
 
@@ -72,6 +73,11 @@ def element_by_element(problem: Problem) -> bool:
     return odd or ("in" in problem.permuted.split("+") and problem.layout.startswith("token/"))
 
 
+def gathered_in_half(problem: Problem) -> bool:
+    """Whether inputs come by loads of 2 bytes, which cannot be in flight by themselves: copies that do not wait take 4."""
+    return element_by_element(problem) and triton_limits.ELEMENT_BYTES[problem.dtype] < _LEAST_COPY
+
+
 def _linear(problem: Problem) -> Iterator[Tile]:
     block = _block(problem)
     outputs, few = _side(block.rows, _WIDEST_OUTPUTS), problem.tokens <= _FEW_TOKENS
@@ -90,6 +96,8 @@ def _variants(problem: Problem, block: Block) -> Iterator[tuple[str, int]]:
     if whole and block.columns < deepest:
         yield "joined", deepest
     yield "pointer", _side(block.columns, deepest)
+    if gathered_in_half(problem):
+        yield "ahead", _side(block.columns, deepest)
     if whole and block.columns % deepest == 0 and _may_describe(problem):
         yield "descriptor", deepest
 

@@ -3,8 +3,11 @@
 Tokens are the M side of every product of tiles: the tensor cores of Hopper multiply 64 rows at least, and a block may have
 fewer. One program computes a tile of tokens by outputs within one block row; its loop runs over the blocks of the row, or
 over parts of them. The column of the next block is loaded one step ahead and carried through the loop: read at the top of
-the loop, it would cost the software pipeline two of its stages. The gradient of the inputs is the same kernel on the blocks
-of S.T, which it reads where they lie. `reference.py` has the product in plain words.
+the loop, it would cost the software pipeline two of its stages. The gradient of the inputs is the same kernel on the blocks of
+S.T, which it reads where they lie. `reference.py` has the product in plain words.
+
+What keeps no pipeline in this form are inputs of 16 bits that come one by one, permuted and with features adjacent, or at odd
+places: copies that do not wait move 4 bytes at least, so only weights are in flight. `triton_ahead.py` is a form for these.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from padst_compile.kernels import triton_support
 from padst_compile.kernels.block.tiles import default_tile
+from padst_compile.kernels.block.triton_ahead import block_ahead_kernel
 from padst_compile.kernels.block.triton_joined import block_joined_kernel
-from padst_compile.kernels.block.triton_parts import load_tile, swizzle
+from padst_compile.kernels.block.triton_parts import entry_of, load_tile, swizzle
 from padst_compile.kernels.dot import dot
 from padst_compile.kernels.epilogue import finish
 from padst_compile.kernels.extras import Extras
@@ -132,7 +136,7 @@ def block_linear_kernel(
         last = tl.load(row_pointers + row + 1)
 
     # What the first step reads, then in each step what the next one does: its column, and its inputs where they are permuted.
-    column, slot = _entry(columns, first, last), _entry(order, first, last)
+    column, slot = entry_of(columns, first, last), entry_of(order, first, last)
     source = inner.to(tl.int64)
     if input_table is not None:
         source = _permuted_inputs(input_table, column, inner, in_features, COLUMNS)
@@ -158,7 +162,7 @@ def block_linear_kernel(
         sums = dot(x_tile, value_tile, sums, PRECISION)
 
         following = (step + 1) // steps
-        column, slot = _entry(columns, following, last), _entry(order, following, last)
+        column, slot = entry_of(columns, following, last), entry_of(order, following, last)
         if input_table is not None:
             next_inner = ((step + 1) % steps) * DEPTH + inner
             source = _permuted_inputs(input_table, column, next_inner, in_features, COLUMNS)
@@ -256,15 +260,6 @@ def block_value_gradient_kernel(
     places = slot * (COLUMNS * ROWS) + (inner * ROWS)[:, None] + place_in_row[None, :]
     mask = (inner < COLUMNS)[:, None] & (place_in_row < ROWS)[None, :]
     tl.store(sums + places, tile.to(sums.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _entry(index, block, last):
-    """The entry of a block in `index`, or the block itself where there is none; 0 from `last` on."""
-    entry = block
-    if index is not None:
-        entry = tl.load(index + block, mask=block < last, other=0)
-    return entry
 
 
 @triton.jit
@@ -400,7 +395,10 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
     if tile.variant == "joined" and whole:
         arguments["RUN"] = math.gcd(columns, _LONGEST_RUN)
         return Launch(block_joined_kernel, (programs,), arguments, tile.warps, tile.stages)
-    arguments |= {"EVEN_INPUTS": even_inputs, "DESCRIPTOR": descriptor}
+    arguments["EVEN_INPUTS"] = even_inputs
+    if tile.variant == "ahead":
+        return Launch(block_ahead_kernel, (programs,), arguments, tile.warps, tile.stages)
+    arguments["DESCRIPTOR"] = descriptor
     return Launch(block_linear_kernel, (programs,), arguments, tile.warps, tile.stages)
 
 

@@ -26,3 +26,12 @@ def load_tile(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_C
     else:
         tile = tl.load(pointers, mask=row_mask & column_mask, other=0.0)
     return tile
+
+
+@triton.jit
+def entry_of(index, block, last):
+    """The entry of a block in `index`, or the block itself where there is none; 0 from `last` on."""
+    entry = block
+    if index is not None:
+        entry = tl.load(index + block, mask=block < last, other=0)
+    return entry

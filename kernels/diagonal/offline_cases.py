@@ -47,8 +47,9 @@ def _problems(device: str) -> Iterator[Problem]:
     yield _problem(down, 50432, "bfloat16", device, epilogue="bias", layout="feature/token")
     yield _problem(down, 1, "bfloat16", device, epilogue="bias+silu+gate")
     for sides in (up, down):
-        yield _problem(sides, 50432, "float32", device, kernel="diagonal_input_gradient")
-        yield _problem(sides, 50432, "float32", device, kernel="diagonal_value_gradient")
+        for dtype in ("float32", "bfloat16"):
+            yield _problem(sides, 50432, dtype, device, kernel="diagonal_input_gradient")
+            yield _problem(sides, 50432, dtype, device, kernel="diagonal_value_gradient")
 
 
 def _problem(

@@ -10,7 +10,7 @@ from padst_compile.kernels import meta_arguments
 from padst_compile.kernels.launch import Problem, Tile
 from padst_compile.kernels.nm.tiles import default_tile, step_bytes, tiles
 from padst_compile.kernels.nm.triton import input_gradient_launch, linear_launch, value_gradient_launch
-from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target
+from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target, pipeline_depth
 from padst_compile.kernels.token_shares import TokenShares
 from padst_compile.kernels.triton_support import Launch, token_bucket
 from padst_compile.structures import NM, Shape, parse
@@ -23,13 +23,15 @@ def offline_cases(target: Target) -> Iterator[Case]:
     for problem in _problems(DEVICES[target]):
         for tile in dict.fromkeys([default_tile(problem), *tiles(problem)]):
             dot = tile.variant == "dot"
+            product = _product(problem, tile, target) if dot else None
             yield Case(
                 problem,
                 tile,
                 launch_of(problem, tile),
                 step_bytes=step_bytes(problem, tile) if dot else 0,
-                product=_product(problem, tile, target) if dot else None,
+                product=product,
                 wide_loads=dot and _wide(problem, tile, target),
+                depth=pipeline_depth(problem, tile, product) if dot and _in_flight(problem) else 0,
             )
 
 
@@ -67,7 +69,8 @@ def _problems(device: str) -> Iterator[Problem]:
     yield _problem(NM(1, 10), 50432, "float32", device, permuted="in", epilogue="bias", layout="feature/feature")
     for structure, dtype in ((NM(1, 10, 64), "bfloat16"), (NM(1, 10, 64), "float32"), (NM(1, 10), "float32")):
         yield _problem(structure, 50432, dtype, device, kernel="nm_value_gradient")
-    yield _problem(NM(1, 10), 50432, "float32", device, kernel="nm_input_gradient")
+    for dtype in ("float32", "bfloat16"):
+        yield _problem(NM(1, 10), 50432, dtype, device, kernel="nm_input_gradient")
 
 
 def _problem(
@@ -95,6 +98,11 @@ def _wide(problem: Problem, tile: Tile, target: Target) -> bool:
     threads = tile.warps * (64 if target == "gfx942" else 32)
     enough = tile.tokens * tile.depth * getattr(torch, problem.dtype).itemsize >= 16 * threads
     return enough and problem.layout.startswith("feature/") and problem.kernel == "nm_forward"
+
+
+def _in_flight(problem: Problem) -> bool:
+    """Whether copies need not wait, which takes 4 bytes at least: not where a gather takes 16-bit inputs one at a time."""
+    return problem.dtype == "float32" or (problem.layout.startswith("feature/") and problem.kernel == "nm_forward")
 
 
 def _product(problem: Problem, tile: Tile, target: Target) -> str | None:

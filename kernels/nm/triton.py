@@ -5,7 +5,8 @@ cores, tokens on the M side, so that Hopper's wgmma takes groups of 16 rows alre
 own and nothing is shared, so CUDA cores multiply and the first-level cache sets the pace, one element for each product.
 
 Activations have any strides. Where they are feature-major, neighbouring tokens are neighbours in memory: a gather of features
-reads whole sectors, and permutations on either side cost nothing. Token-major gathers take 2 or 4 bytes at a time.
+reads whole sectors, and permutations on either side cost nothing. Token-major gathers take 2 or 4 bytes at a time; of those, a
+software pipeline has only the latter in flight, since copies that do not wait move 4 bytes at least.
 
 Sums are in float32. No kernel adds to what another program writes, so results are the same in every run.
 
