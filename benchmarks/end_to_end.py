@@ -4,7 +4,8 @@
     python benchmarks/end_to_end.py --device cpu --quick
 
 Dense runs under torch.compile with mode="max-autotune-no-cudagraphs" on a GPU, with its defaults on a CPU; all candidates take
-turns. A training step is forward, backward and AdamW on a mean of squares of the outputs.
+turns. A training step is forward, backward and AdamW on a mean of squares of the outputs. Results are kept after each model;
+with --seconds none begins later than that, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from progress import Record, measure_cases
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +27,6 @@ from padst_compile.autotune.measure import interleaved_medians
 from padst_compile.backend import padst
 from padst_compile.benchmarking.machine import describe_machine
 from padst_compile.benchmarking.models import ModelCase, build_model, first_tensor
-from padst_compile.benchmarking.report import write_json
 from padst_compile.benchmarking.run import own_code
 from padst_compile.structures import parse
 
@@ -110,6 +111,19 @@ def _run(case: Case, model: ModelCase, device: torch.device, compile_call: Calla
     return step
 
 
+def table_of(results: list[dict[str, Any]], title: str) -> Table:
+    """One row per case."""
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "batch", "sparse as", "", "dense", "padst", "no permutation", "speed-up"):
+        table.add_column(column, justify="right")
+    for result in results:
+        times = [f"{value:.2f} ms" for value in result["milliseconds"].values()]
+        step = "training step" if result["training"] else "forward"
+        about = (result["model"], str(result["batch"]), result["structure"], step)
+        table.add_row(*about, *times, f"{result['speedup']:.2f}x")
+    return table
+
+
 def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,6 +131,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the cases")
     parser.add_argument("--quick", action="store_true", help="the first case, briefly, nothing written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--seconds", type=float, help="no case begins later than this")
     arguments = parser.parse_args()
     console = Console(width=160)
     chosen = cases(arguments.device)
@@ -126,23 +141,19 @@ def main() -> None:
         console.print(f"{len(chosen)} cases on {arguments.device}; nothing was measured")
         return
     torch.set_num_threads(1)
-    table = Table(title=f"{arguments.device}: medians of interleaved calls", title_justify="left")
-    for column in ("model", "batch", "sparse as", "", "dense", "padst", "no permutation", "speed-up"):
-        table.add_column(column, justify="right")
-    results = []
-    for case in chosen[:1] if arguments.quick else chosen:
-        console.print("measuring", case)
-        result = measure(case, torch.device(arguments.device), 3 if arguments.quick else 11)
-        results.append(result)
-        times = [f"{value:.2f} ms" for value in result["milliseconds"].values()]
-        step = "training step" if case.training else "forward"
-        table.add_row(case.model, str(case.batch), case.structure, step, *times, f"{result['speedup']:.2f}x")
-    console.print(table)
-    if not arguments.quick:
-        machine = describe_machine()
-        name = "cpu" if arguments.device == "cpu" else str(machine["gpu"]).lower().replace(" ", "-")
-        data = {"schema": 1, "machine": machine, "cases": results}
-        console.print(f"written to {write_json(data, arguments.out / f'{name}-end-to-end.json')}")
+    machine, quick = describe_machine(), arguments.quick
+    name = "cpu" if arguments.device == "cpu" else str(machine["gpu"]).lower().replace(" ", "-")
+    path = None if quick else arguments.out / f"{name}-end-to-end.json"
+    results = measure_cases(
+        chosen[:1] if quick else chosen,
+        lambda case: measure(case, torch.device(arguments.device), 3 if quick else 11),
+        Record(path, {"schema": 1, "machine": machine}),
+        seconds=arguments.seconds,
+        say=lambda line: console.print(line, markup=False),
+    )
+    if path is not None:
+        console.print(f"kept in {path}")
+    console.print(table_of(results, f"{arguments.device}: medians of interleaved calls"))
 
 
 if __name__ == "__main__":

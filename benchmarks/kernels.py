@@ -8,13 +8,15 @@
 
 Medians with a cold cache, candidates in turns. "fraction of ideal" is the speed-up over the best dense times the density: 1 is
 a product whose time shrinks with the weights it stores. On a GPU "roof" is the time that the measured matrix rate and copy
-bandwidth allow over the time taken.
+bandwidth allow over the time taken. Results are kept after each case; with --seconds none begins later than that, and the same
+command goes on. Whoever computes something else than the dense product of the same weights is left out, with the error.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -23,19 +25,18 @@ from typing import Any
 
 import torch
 from foreign import REQUIREMENTS, Foreign, ForeignError, in_turns, install
-from peers import DENSE, DENSE_TUNED, OURS, UNPERMUTED, Layer
+from peers import DENSE, DENSE_TUNED, GPU_PEERS, OURS, PEERS, UNPERMUTED, Layer
+from progress import Record, measure_cases
 from rich.console import Console
 from rich.table import Table
 
 from padst_compile.autotune.effort import Budget
 from padst_compile.autotune.measure import raced_medians
 from padst_compile.benchmarking.machine import describe_machine
-from padst_compile.benchmarking.report import write_json
 from padst_compile.structures import parse
 from padst_compile.tolerance import allowed_error, relative_error
 
 RESULTS = Path(__file__).parent / "results"
-PEERS = ("torch BSR", "torch CSR", "gather + bmm")  # of the weight as it is, which is checked
 _SHOWN = 100  # letters of a reason
 
 
@@ -86,22 +87,42 @@ def cpu_cases() -> list[Case]:
     ]
 
 
-def gpu_cases() -> list[Case]:
-    """The layers of ViT-B, ViT-L and a 4096-wide model, from one token to a large batch."""
-    sizes = [(768, 3072), (3072, 768), (1024, 4096), (4096, 16384)]
-    tokens = (1, 64, 1024, 16384, 50432)
+def gpu_targets() -> list[Case]:
+    """What the kernels are meant to be good at, with a full search by the peers that can be tuned."""
+    up, down = (768, 3072), (3072, 768)
     return [
-        *(Case(*size, "block:64", 0.9, "bfloat16", count) for size in sizes for count in tokens if size[1] * count < 1 << 30),
-        *(Case(768, 3072, f"block:{size}", 0.9, "bfloat16", 50432) for size in (16, 32, 128)),
-        *(Case(768, 3072, "block:64", sparsity, "bfloat16", 50432) for sparsity in (0.8, 0.95)),
-        *(Case(768, 3072, "block:64", 0.9, dtype, 16384) for dtype in ("float16", "float32")),
+        Case(*up, "block:64", 0.9, "bfloat16", 50432),
+        Case(*down, "block:64", 0.9, "bfloat16", 50432),
+        Case(*up, "block:32", 0.9, "bfloat16", 50432),
         Case(4096, 16384, "block:128", 0.9, "bfloat16", 16384),
-        *(
-            Case(768, 3072, structure, 0.9, "bfloat16", 16384)
-            for structure in ("nm:1:10:64", "nm:1:10", "diagonal", "diagonal:64")
-        ),
-        *(Case(768, 3072, structure, 0.9, "float32", 16384) for structure in ("nm:1:10", "diagonal")),
+        Case(*up, "nm:1:10", 0.9, "float32", 16384),
+        Case(*up, "diagonal", 0.9, "float32", 16384),
     ]
+
+
+def gpu_cases() -> list[Case]:
+    """The targets, then all layers of ViT-B and GPT-2 small, of ViT-L and GPT-2 medium, and of a 4096-wide model.
+
+    The more a case has in common with the first one, the earlier it comes: where time ends, the most alike are measured.
+    """
+    axes: tuple[tuple[Any, ...], ...] = (
+        ((768, 3072), (3072, 768), (4096, 16384), (1024, 4096), (4096, 1024)),
+        (50432, 16384, 1024, 64, 1),
+        (0.9, 0.95, 0.8),
+        ("block:64", "nm:64", "diagonal:64", "block:32", "block:128", "block:16", "nm", "diagonal"),
+        ("bfloat16", "float32", "float16"),
+    )
+    places = itertools.product(*(range(len(axis)) for axis in axes))
+    ordered = sorted(places, key=lambda place: (sum(number > 0 for number in place), sum(place)))
+    matrix = (tuple(axis[number] for axis, number in zip(axes, place, strict=True)) for place in ordered)
+    cases = (Case(*size, _named(kind, zeros), zeros, dtype, tokens) for size, tokens, zeros, kind, dtype in matrix)
+    return list(dict.fromkeys([*gpu_targets(), *cases]))
+
+
+def _named(kind: str, sparsity: float) -> str:
+    """The short form of a kind of structure; N:M has the sparsity in its name."""
+    vector = {"nm": "", "nm:64": ":64"}
+    return f"nm:1:{round(1 / (1 - sparsity))}{vector[kind]}" if kind in vector else kind
 
 
 def measure(case: Case, device: torch.device, budget: Budget, libraries: Sequence[str] = ()) -> dict[str, Any]:
@@ -110,22 +131,23 @@ def measure(case: Case, device: torch.device, budget: Budget, libraries: Sequenc
     layer = case.layer(device)
     ready: dict[str, Callable[[], torch.Tensor]] = {}
     missing: dict[str, str] = {}
-    expected = layer.expected()
-    bound = allowed_error(relative_error([_dense(layer)], [expected]), layer.x.dtype)
     with torch.no_grad(), ExitStack() as processes:
-        for name, prepare in layer.candidates():
+        for name, prepare in layer.candidates(tuned_peers=case in gpu_targets()):
             try:
-                run = prepare()
-                result = run()
+                candidate = prepare()
+                expected, dense = layer.products(layer.weight if candidate.weight is None else candidate.weight)
+                off = relative_error([candidate.read(candidate.run())], [expected])
+                bound = allowed_error(relative_error([dense], [expected]), layer.x.dtype)
             except Exception as error:  # a peer may refuse in any way
-                missing[name] = str(error).splitlines()[0][:_SHOWN]
+                missing[name] = (str(error) or type(error).__name__).splitlines()[0][:_SHOWN]
                 continue
-            off = relative_error([result], [expected]) if name in PEERS else 0.0
             if off > bound:
                 missing[name] = f"wrong by {off:.1e}"
             else:
-                ready[name] = run
+                ready[name] = candidate.run
         foreign = {}
+        expected, dense = layer.products(layer.weight)
+        bound = allowed_error(relative_error([dense], [expected]), layer.x.dtype)
         for library in libraries:
             try:
                 install(library)
@@ -151,10 +173,6 @@ def _medians(
     if not foreign:
         return raced_medians(ready, device.type, budget)
     return {name: statistics.median(times) for name, times in in_turns(ready, foreign, budget).items()}
-
-
-def _dense(layer: Layer) -> torch.Tensor:
-    return torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
 
 
 def roofs(device: torch.device) -> dict[str, float] | None:
@@ -188,17 +206,17 @@ def table_of(results: list[dict[str, Any]], roof: dict[str, float] | None, peers
         table.add_column(column, justify="right")
     for result in results:
         ms = result["milliseconds"]
-        best = min(ms[name] for name in (DENSE, DENSE_TUNED) if name in ms)
+        best = min((ms[name] for name in (DENSE, DENSE_TUNED) if name in ms), default=None)
         case = Case(**{field.name: result[field.name] for field in dataclasses.fields(Case)})
         ours = ms.get(OURS)
-        speedup = None if ours is None else best / ours
+        speedup = None if ours is None or best is None else best / ours
         cells = [
             _cell(best, " ms"), _cell(ours, " ms"), _cell(ms.get(UNPERMUTED), " ms"), _cell(speedup, "x"),
             _cell(None if speedup is None else speedup * result["density"], ""),
         ]  # fmt: skip
         if roof:
             cells.append(_cell(roof_fraction(result, roof), ""))
-        cells += [_cell(best / ms[name] if name in ms else None, "x") for name in peers]
+        cells += [_cell(best / ms[name] if best and name in ms else None, "x") for name in peers]
         table.add_row(str(case), *cells)
     return table
 
@@ -215,6 +233,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first case, briefly, nothing written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--peers", nargs="+", choices=REQUIREMENTS, default=[], help="other libraries, on the CPU, from PyPI")
+
+    parser.add_argument("--seconds", type=float, help="no case begins later than this")
     arguments = parser.parse_args()
     if arguments.peers and arguments.device != "cpu":
         parser.error("--peers run on the CPU")
@@ -228,19 +248,21 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
     budget = Budget(None, 3, 2.0) if arguments.quick else Budget(None, 15, 6.0)
-    roof = roofs(device)
-    results = []
-    for case in cases[:1] if arguments.quick else cases:
-        console.print(f"measuring {case}")
-        results.append(measure(case, device, budget, arguments.peers))
-    machine = describe_machine()
-    name = machine["cpu"] if device.type == "cpu" else machine["gpu"]
-    peers = (*PEERS, "torch 2:4") if roof else (*PEERS, *arguments.peers)
+    roof, machine = roofs(device), describe_machine()
+    name = str(machine["cpu"] if device.type == "cpu" else machine["gpu"])
+    file = "cpu-kernels.json" if device.type == "cpu" else f"{name.lower().replace(' ', '-')}-kernels.json"
+    path = None if arguments.quick else arguments.out / file
+    results = measure_cases(
+        cases[:1] if arguments.quick else cases,
+        lambda case: measure(case, device, budget, arguments.peers),
+        Record(path, {"schema": 1, "machine": machine, "roofs": roof}),
+        seconds=arguments.seconds,
+        say=lambda line: console.print(line, markup=False),
+    )
+    if path is not None:
+        console.print(f"kept in {path}")
+    peers = (*PEERS, *(GPU_PEERS if roof else arguments.peers))
     console.print(table_of(results, roof, peers, f"{name}: speed-ups are against the better of dense compiled and dense tuned"))
-    if not arguments.quick:
-        file = "cpu-kernels.json" if device.type == "cpu" else f"{str(name).lower().replace(' ', '-')}-kernels.json"
-        data = {"schema": 1, "machine": machine, "roofs": roof, "cases": results}
-        console.print(f"written to {write_json(data, arguments.out / file)}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,9 @@ def tune(
     sparsity: Sparsity = None,
     permutation: PermutationName = "random",
     side: Side = "input",
-    effort: Annotated[str, typer.Option(help="quick: a few candidates, in seconds; full: the whole search space")] = "quick",
+    effort: Annotated[
+        str, typer.Option(help="quick: a few candidates; full: the whole search space; cached: list what is known")
+    ] = "quick",
     batch: Batch = 1,
     tokens: Tokens = 256,
     dtype: DtypeName = "float32",
@@ -282,8 +284,8 @@ def _device(name: str) -> torch.device:
 
 
 def _tuning_effort(name: str) -> Effort:
-    if name not in BUDGETS:
-        raise UnknownFieldError("value of --effort", name, BUDGETS)
+    if name not in (known := (*BUDGETS, "cached")):
+        raise UnknownFieldError("value of --effort", name, known)
     return cast("Effort", name)
 
 

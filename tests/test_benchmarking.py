@@ -6,16 +6,19 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch import nn
 from torch._dynamo.utils import counters
 
 import padst_compile as padst
+from padst_compile import cli
 from padst_compile.autotune.measure import interleaved_samples
 from padst_compile.benchmarking.check import check_compiled
 from padst_compile.benchmarking.machine import describe_machine
@@ -90,15 +93,29 @@ def test_the_figures_in_the_readme_are_those_of_the_recorded_results() -> None:
     assert result.returncode == 0, "run python benchmarks/figures.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
-@pytest.mark.parametrize(("part", "expected"), [("layers", "cases on cuda; nothing was measured"), ("sanitize", "is not run")])
-def test_the_gpu_script_runs_dry_without_a_gpu(part: str, expected: str, tmp_path: Path) -> None:
-    script, environment = ROOT / "benchmarks" / "gpu.sh", {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
-    result = subprocess.run([script, part], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_all_parts_of_the_gpu_script_run_dry_without_a_gpu(tmp_path: Path) -> None:
+    folders = {"OUT": str(tmp_path / "out"), "RUNS": str(tmp_path / "runs")}
+    script, environment = ROOT / "benchmarks" / "gpu.sh", {**os.environ, "PYTHON": sys.executable, **folders}
+    result = subprocess.run([script, "all"], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "no GPU here: a dry run" in result.stdout
-    assert expected in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+    parts = {part.partition("\n")[0]: part for part in result.stdout.split("\n== ")[1:]}
+    assert list(parts) == ["test", "sanitize", "tune", "layers", "models", "train"]
+    assert re.search(r"\d+ tests collected", parts["test"])
+    # pytest ends with an error, and the script with it, where a selection has no test.
+    selections = parts["sanitize"].count("|")
+    assert selections == 4 == len(re.findall(r"\n[1-9]\d*/\d+ tests collected", parts["sanitize"]))
+    assert "cases on cuda; nothing was measured" in parts["layers"]
+    assert "cases on cuda; nothing was measured" in parts["models"]
+    for name, count in (("tune", 2), ("train", 3)):
+        commands = re.findall(rf"padst_compile\.cli {name} (.*)", parts[name])
+        assert len(commands) == count
+        for command in commands:  # its options are known, and have the right types
+            typer.main.get_command(cli.app).commands[name].make_context(name, command.split())
 
 
 def test_the_gpu_script_knows_its_parts() -> None:
