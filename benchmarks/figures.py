@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ratios import RESULTS, files_of
+
 from padst_compile.structures import structure_from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,25 +23,15 @@ from statistics_of_seeds import estimate  # noqa: E402  # of the accuracy study,
 from values import against_control, control_of, groups, in_words, values_of  # noqa: E402
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
-TRAINING = RESULTS / "cpu-training-layers.json"
-STEPS = RESULTS / "cpu-training.json"
 STUDY = RESULTS / "accuracy-study.jsonl"
-SECTIONS = (("Models", "cpu-models.json"), ("Layers", "cpu-layers.json"))
 
 
 def render() -> str:
     """The Markdown between the markers."""
     parts = []
-    for title, name in SECTIONS:
-        path = RESULTS / name
-        if path.exists():
-            parts.append(_section(title, json.loads(path.read_text()), path.relative_to(ROOT)))
-    if TRAINING.exists():
-        parts.append(_training(json.loads(TRAINING.read_text()), TRAINING.relative_to(ROOT)))
-    if STEPS.exists():
-        parts.append(_steps(json.loads(STEPS.read_text()), STEPS.relative_to(ROOT)))
+    for name, section in SECTIONS.items():
+        parts += [section(json.loads(path.read_text()), path.relative_to(ROOT)) for path in files_of(name)]
     if STUDY.exists():
         rows = [json.loads(line) for line in STUDY.read_text().splitlines()]
         parts += [_study(*group) for group in groups(rows)]
@@ -105,7 +97,15 @@ def _size(case: dict[str, Any]) -> str:
     return f"batch {case['batch']}" + (f", {case['tokens']} tokens" if case["tokens"] else "")
 
 
-def _section(title: str, data: dict[str, Any], source: Path) -> str:
+def _models(data: dict[str, Any], source: Path) -> str:
+    return _comparisons("Models", data, source)
+
+
+def _layers(data: dict[str, Any], source: Path) -> str:
+    return _comparisons("Layers", data, source)
+
+
+def _comparisons(title: str, data: dict[str, Any], source: Path) -> str:
     heading = _heading(title, data["machine"], source)
     columns = (
         "| | sparse as | dense, default | dense, freezing | sparse, random permutations | sparse, no permutation "
@@ -133,6 +133,9 @@ def _row(c: dict[str, Any]) -> str:
         f"| {ms['dense freezing']:.2f} | {ms['padst']:.2f} | {plain:.2f} | {best / ms['padst']:.2f}x | {best / plain:.2f}x "
         f"| {c['permutation_ratio']:.3f}x |"
     )
+
+
+SECTIONS = {"models": _models, "layers": _layers, "training-layers": _training, "training": _steps}
 
 
 def main() -> int:

@@ -232,8 +232,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the cases")
     parser.add_argument("--quick", action="store_true", help="the first case, briefly, nothing written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--prefix", default="cpu", help="of the file's name on a CPU; on a GPU it is the GPU's name")
     parser.add_argument("--peers", nargs="+", choices=REQUIREMENTS, default=[], help="other libraries, on the CPU, from PyPI")
-
     parser.add_argument("--seconds", type=float, help="no case begins later than this")
     arguments = parser.parse_args()
     if arguments.peers and arguments.device != "cpu":
@@ -250,8 +250,8 @@ def main() -> None:
     budget = Budget(None, 3, 2.0) if arguments.quick else Budget(None, 15, 6.0)
     roof, machine = roofs(device), describe_machine()
     name = str(machine["cpu"] if device.type == "cpu" else machine["gpu"])
-    file = "cpu-kernels.json" if device.type == "cpu" else f"{name.lower().replace(' ', '-')}-kernels.json"
-    path = None if arguments.quick else arguments.out / file
+    prefix = arguments.prefix if device.type == "cpu" else name.lower().replace(" ", "-")
+    path = None if arguments.quick else arguments.out / f"{prefix}-kernels.json"
     results = measure_cases(
         cases[:1] if arguments.quick else cases,
         lambda case: measure(case, device, budget, arguments.peers),

@@ -30,4 +30,4 @@ def measure(model: str, structure: str, dtype: torch.dtype, tokens: int, *, repe
 
 
 if __name__ == "__main__":
-    suite.run(__doc__, CASES, measure, repetitions=31, name="cpu-layers")
+    suite.run(__doc__, CASES, measure, repetitions=31, name="layers")

@@ -99,7 +99,7 @@ def _table(results: list[Result]) -> Table:
 
 def main() -> None:
     """Measure, print, record."""
-    given = suite.arguments(__doc__, "cpu-mlp.json", quick="few repetitions, nothing written")
+    given = suite.arguments(__doc__, "mlp.json", quick="few repetitions, nothing written")
     quick = given.quick
     if not (native.load() and native.supports("block", torch.float32)):
         raise SystemExit("blocks have no native kernel here; `padst doctor` says why")

@@ -31,4 +31,4 @@ def measure(model: str, structure: str, batch: int, *, repetitions: int) -> Comp
 
 
 if __name__ == "__main__":
-    suite.run(__doc__, CASES, measure, repetitions=9, name="cpu-models")
+    suite.run(__doc__, CASES, measure, repetitions=9, name="models")

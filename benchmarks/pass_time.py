@@ -46,7 +46,7 @@ def _compile_seconds(model: torch.nn.Module, images: torch.Tensor, options: dict
 
 def main() -> None:
     """Measure, print, record."""
-    given = suite.arguments(__doc__, "cpu-pass-time.json", quick="one depth, nothing written")
+    given = suite.arguments(__doc__, "pass-time.json", quick="one depth, nothing written")
     quick = given.quick
     torch.set_num_threads(1)
     console = Console()

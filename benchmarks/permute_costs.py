@@ -152,7 +152,7 @@ def _table(costs: Sequence[PlaceCosts]) -> Table:
 
 def main() -> None:
     """Measure, print, record."""
-    given = suite.arguments(__doc__, "cpu-permute-costs.json", quick="few repetitions, nothing written")
+    given = suite.arguments(__doc__, "permute-costs.json", quick="few repetitions, nothing written")
     quick = given.quick
     torch.set_num_threads(1)
     console, repetitions = Console(width=200), 5 if quick else REPETITIONS

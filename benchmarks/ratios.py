@@ -59,10 +59,15 @@ class Recorded:
 def recorded(folder: Path = RESULTS) -> Iterator[Recorded]:
     """Every file of ratios in a folder, in the order of `TITLES`."""
     for kind, title in TITLES.items():
-        for path in sorted(folder.glob(f"*-{kind}.json")):
-            if kind != "training" or not path.name.endswith("-layers.json"):
-                data = json.loads(path.read_text())
-                yield Recorded(path.name, title, data["machine"], tuple(_cases(data)))
+        for path in files_of(kind, folder):
+            data = json.loads(path.read_text())
+            yield Recorded(path.name, title, data["machine"], tuple(_cases(data)))
+
+
+def files_of(kind: str, folder: Path = RESULTS) -> list[Path]:
+    """The files MACHINE-KIND.json of a folder; of kinds that end alike the longest counts."""
+    longer = tuple(f"-{other}.json" for other in TITLES if other.endswith(f"-{kind}"))
+    return [path for path in sorted(folder.glob(f"*-{kind}.json")) if not path.name.endswith(longer)]
 
 
 def _cases(data: dict[str, Any]) -> Iterator[Case]:

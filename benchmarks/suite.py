@@ -31,7 +31,7 @@ def arguments(
 
     Args:
         description: the script's docstring, for --help.
-        result: name of the recorded file.
+        result: name of the recorded file, without its prefix.
         quick: what --quick does.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,15 +39,16 @@ def arguments(
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder to write into; that of the recorded results if not given"
     )
+    parser.add_argument("--prefix", default="cpu", help="of the file's name, to keep results of several machines side by side")
     given = parser.parse_args()
-    given.out = given.out / result
+    given.out = given.out / f"{given.prefix}-{result}"
     return given
 
 
 def run(
     description: str | None, cases: Sequence[tuple[Any, ...]], measure: Callable[..., Comparison], repetitions: int, name: str
 ) -> None:
-    """Measure every case and write `results/NAME.json`, or into the folder of --out; with --quick, one case and no file.
+    """Measure every case and write `results/cpu-NAME.json`, or as --out and --prefix say; with --quick, one case and no file.
 
     Args:
         description: the script's docstring, for --help.

@@ -257,7 +257,7 @@ def _dense_state_bytes(runtime: padst.Runtime) -> int:
 
 def main() -> None:
     """Measure, print, record."""
-    given = suite.arguments(__doc__, "cpu-training.json", quick="the first case, one round, nothing written")
+    given = suite.arguments(__doc__, "training.json", quick="the first case, one round, nothing written")
     quick = given.quick
     torch.set_num_threads(1)
     console = Console(width=170)

@@ -87,7 +87,7 @@ def _step(model: Callable[..., torch.Tensor], x: torch.Tensor, direction: torch.
 
 def main() -> None:
     """Measure, print, record."""
-    given = suite.arguments(__doc__, "cpu-training-layers.json")
+    given = suite.arguments(__doc__, "training-layers.json")
     quick = given.quick
     torch.set_num_threads(1)
     console = Console(width=120)
