@@ -3,7 +3,8 @@
 Growth of weights that are not active needs the dense gradient, which no op computes. Module hooks would not do: a compiled
 program ignores those that come later. So the ops that compute the gradient of the active weights hand their operands to
 whoever listens to the layer, which they know by its first index tensor: its place in memory stays the same while a model
-trains, through autocast, sharding of the weights, and compilation. Without listeners this costs one look at an empty dict.
+trains, through autocast, sharding of the weights, and compilation; a layer that moves takes its listener along. Without
+listeners this costs one look at an empty dict.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ class GradientListener(Protocol):
 
     def weight(self, gradient: torch.Tensor) -> None:
         """The gradient itself, `[out_features, in_features]`, of a layer that runs dense."""
+
+    def to(self, device: torch.device) -> None:
+        """Keep on this device what there is so far, and expect gradients from it: the layer has been moved."""
 
 
 _ROWS_AT_ONCE = 32  # enough for a GEMM, a fraction of a layer

@@ -11,6 +11,7 @@ from torch import nn
 
 from padst_compile import kaleidoscope, permutation
 from padst_compile.errors import FeatureMismatchError, InvalidPermutationError
+from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.permute import permute
 from padst_compile.kernels.soft_permute import SOFT, soft_permute
 from padst_compile.kernels.structured_linear import structured_linear, to_dense
@@ -57,6 +58,20 @@ class SoftPermutation:
     def is_soft(self) -> bool:
         """Whether the matrix counts."""
         return int(self.state) == SOFT
+
+    def to(self, device: torch.device) -> None:
+        """Move in place; one that has become hard has no memory to copy."""
+        if self.matrix.device == device:
+            return
+        if self.is_soft:
+            self.matrix = self.matrix.to(device)
+        else:
+            self.matrix = torch.empty_like(self.matrix, device=device)
+            self.matrix.untyped_storage().resize_(0)
+        self.anchor = self.anchor.detach().to(device).requires_grad_()
+        listener = gradient_tap.listener_of((self.state,))
+        if listener is not None:
+            listener.to(device)
 
 
 class PermutedSparseLinear(nn.Module):
@@ -204,10 +219,14 @@ class PermutedSparseLinear(nn.Module):
         return permuted
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PermutedSparseLinear:
+        before, listener = self.topology[0], gradient_tap.listener_of(self.topology)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        if self.soft is not None:  # follows to another device, and stays float32
-            self.soft.matrix = self.soft.matrix.to(self.values.device)
-            self.soft.anchor = self.soft.anchor.detach().to(self.values.device).requires_grad_()
+        if listener is not None:
+            gradient_tap.forget(before)
+            gradient_tap.listen(self.topology[0], listener)
+            listener.to(self.topology[0].device)
+        if self.soft is not None:
+            self.soft.to(self.values.device)  # and stays float32
         if self.gate is not None:
             self.gate = fn(self.gate)
         return self

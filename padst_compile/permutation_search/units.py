@@ -31,6 +31,10 @@ class PlaceUnits:
     lines: int
     side: Literal["input", "output"]
 
+    def to(self, device: torch.device) -> PlaceUnits:
+        """The same on another device."""
+        return dataclasses.replace(self, active=self.active.to(device), group=self.group.to(device))
+
     def scores(self, dense: torch.Tensor) -> torch.Tensor:
         """Sums of `dense` `[out, in]` (non-negative) over each group of lines, `[line groups, n]`."""
         across = dense if self.side == "input" else dense.T

@@ -40,9 +40,12 @@ def attach(
     """Train a sparsified model with dynamic topology and, if asked for, learned permutations; the loop stays as it is.
 
     Call it when the model is on its device, wrapped for distribution, and its optimizer exists; before or after
-    `torch.compile`. A step that a GradScaler skips is no step. An update recompiles nothing. A sparse layer that the model gets
-    later is none of this training: the next step of an optimizer that got its weights raises AttachError, before it changes
-    anything, and until then the layer stays as it is. Dense parameters may be added at any time.
+    `torch.compile`. A step that a GradScaler skips is no step. An update recompiles nothing. The model may move to another
+    device or dtype, with its optimizer's state (`optimizer.load_state_dict(optimizer.state_dict())`).
+
+    A sparse layer that the model gets later is none of this training: the next step of an optimizer that got its weights raises
+    AttachError, before it changes anything, and until then the layer stays as it is. So does a step after a layer's weights
+    have been replaced. Dense parameters may be added at any time.
 
     Args:
         model: with layers from `padst.sparsify`.

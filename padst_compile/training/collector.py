@@ -22,6 +22,9 @@ class Reducer(Protocol):
     def clear(self) -> None:
         """Forget all of it: those gradients have been dropped."""
 
+    def to(self, device: torch.device) -> None:
+        """Move to the device that gradients come from now."""
+
 
 class Sum:
     """Adds up tensors of one shape.
@@ -40,6 +43,10 @@ class Sum:
     def clear(self) -> None:
         """See `Reducer.clear`."""
         self.total = None
+
+    def to(self, device: torch.device) -> None:
+        """See `Reducer.to`."""
+        self.total = None if self.total is None else self.total.to(device)
 
 
 class DenseGradient:
@@ -103,6 +110,12 @@ class DenseGradient:
         self.poisoned = 0
         for reducer in (*self.magnitudes, *self.signed):
             reducer.clear()
+
+    def to(self, device: torch.device) -> None:
+        """See `GradientListener.to`."""
+        self.rows = None if self.rows is None else self.rows.to(device)
+        for reducer in (*self.magnitudes, *self.signed):
+            reducer.to(device)
 
     def _wanted(self) -> bool:
         """Whether anybody wants the gradient of the backward pass that runs now."""

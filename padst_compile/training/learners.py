@@ -308,6 +308,7 @@ class SinkhornLearner:
 
     def listen_to(self, trained: TrainedLayer, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
         """The same for one of the layers that learn together."""
+        self._learner.to(_permutation(trained).device)
         gradient = self._gradients[trained.name] = _BlockGradient(trained, self._learner)
         return ((), (gradient,)) if step in self._acting else _NOTHING
 
@@ -342,6 +343,11 @@ class _BlockGradient(Sum):
     def __init__(self, trained: TrainedLayer, learner: SinkhornSTE) -> None:
         super().__init__()
         self.trained, self.learner = trained, learner
+
+    def to(self, device: torch.device) -> None:
+        """See `Reducer.to`."""
+        super().to(device)
+        self.learner.to(device)
 
     def add(self, gradient: torch.Tensor) -> None:
         """See `Reducer.add`; takes the signed gradient."""
@@ -467,6 +473,11 @@ class _LineScores(Sum):
     def __init__(self, units: PlaceUnits) -> None:
         super().__init__()
         self.units = units
+
+    def to(self, device: torch.device) -> None:
+        """See `Reducer.to`."""
+        super().to(device)
+        self.units = self.units.to(device)
 
     def add(self, gradient: torch.Tensor) -> None:
         """See `Reducer.add`; takes magnitudes."""

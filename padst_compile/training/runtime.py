@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from padst_compile.errors import AttachError
 from padst_compile.structures import NM
 from padst_compile.training.collector import DenseGradient, UnitScores
 from padst_compile.training.config import DSTConfig
@@ -134,6 +135,12 @@ class Runtime:
         number = self._number_of(optimizer)
         self._newcomers.check(number, optimizer)
         for member in self._members_of(number):
+            if member.trained.has_other_weights:
+                raise AttachError(
+                    f"layer {member.trained.name!r} has other weights than those that its optimizer got, which would train in "
+                    "vain (load_state_dict(assign=True) replaces them, for example); call padst.finalize(model), make the "
+                    "optimizer anew and attach again"
+                )
             if member.listener is not None:
                 member.trained.passes.drop_what_is_lost()
 
@@ -146,6 +153,7 @@ class Runtime:
         step, members = self._steps[number], self._members_of(number)
         with torch.no_grad():
             for member in members:
+                member.trained.follow()
                 if member.gates is not None:
                     member.gates.after_step(step, self.world)
                 member.trained.hold_at_zero()
@@ -281,6 +289,7 @@ class Runtime:
             handle.remove()
         for member in self._members:
             member.trained.forget()
+            member.trained.follow()
             if member.learner is not None:
                 member.learner.finish(self.world)
                 member.trained.share_topology()

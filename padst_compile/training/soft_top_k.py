@@ -87,6 +87,7 @@ class SoftTopK:
         gate = self.trained.layer.gate
         if gate is not None and gate is not self._gate:
             self._gate = gate
+            self._adam.to(gate.device)
             for layer in self.trained.layers:
                 layer.gate = gate
 

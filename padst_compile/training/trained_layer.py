@@ -15,6 +15,7 @@ from padst_compile.layers import PermutedSparseLinear
 from padst_compile.permutation_search.exchanges import Exchanges
 from padst_compile.structures import NM, Shape, Structure
 from padst_compile.training.passes import Passes
+from padst_compile.training.sharding import is_sharded
 
 _NO_EXCHANGES = Exchanges(())
 _FINE = 4  # weights to a unit, below which units are fine
@@ -39,7 +40,7 @@ class TrainedLayer:
     def __post_init__(self) -> None:
         self.alive: torch.Tensor | None = None  # bool [pools, units]: not yet pruned; None where nothing is pruned
         self.mask: torch.Tensor | None = None  # the same, where the values are
-        held = self.layer.values  # the optimizer's; FSDP2 shows another one while it has gathered it
+        self._held = held = self.layer.values  # the optimizer's; FSDP2 shows another one while it has gathered it
         self.passes = Passes(lambda: (held, self.layer.values))
         permutation = self.layer.permutation
         self.start = None if permutation is None else permutation.cpu().clone()  # where the training began
@@ -71,8 +72,21 @@ class TrainedLayer:
         """Whether scores of its units take about as much memory as its dense gradient."""
         return self.active().numel() * _FINE > self.shape.numel
 
+    @property
+    def has_other_weights(self) -> bool:
+        """Whether the layers' weights are no longer the optimizer's; sharded ones, which are gathered at times, always are."""
+        return not is_sharded(self._held) and any(layer.values is not self._held for layer in self.layers)
+
+    def follow(self) -> None:
+        """Bring what is pruned to the device that the layer has been moved to."""
+        device = self.layer.topology[0].device
+        if self.alive is not None and self.alive.device != device:
+            self.alive = self.alive.to(device)
+            self.mask = None if self.mask is None else self.mask.to(device)
+
     def active(self) -> torch.Tensor:
         """Which units are active, bool `[pools, units]`; pruned ones are not."""
+        self.follow()
         stored = self.structure.active_units(self.layer.topology, self.shape)
         return stored if self.alive is None else stored & self.alive
 

@@ -54,6 +54,10 @@ class Adam:
                 maximize=False,
             )
 
+    def to(self, device: torch.device) -> None:
+        """Move parameter and moments."""
+        self.parameter, self.mean, self.square = (each.to(device) for each in (self.parameter, self.mean, self.square))
+
     def state_dict(self) -> dict[str, Any]:
         """Parameter, moments and number of steps; the tensors themselves, as from `nn.Module.state_dict`."""
         return {"parameter": self.parameter, "mean": self.mean, "square": self.square, "steps": self.steps}

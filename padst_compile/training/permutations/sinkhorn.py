@@ -103,6 +103,12 @@ class SinkhornSTE:
         """Updates so far."""
         return int(self._adam.steps)
 
+    def to(self, device: torch.device) -> None:
+        """Move all of it to another device."""
+        self._start, self._blocks, self._eye = self._start.to(device), self._blocks.to(device), self._eye.to(device)
+        self._valid = self._valid.to(device)
+        self._adam.to(device)
+
     def soft(self) -> torch.Tensor:
         """The soft permutations at the present temperature, `[orders, width, width]`."""
         with torch.no_grad():
