@@ -405,3 +405,7 @@ def test_the_total_of_a_unit_is_the_sum_of_its_scores(case: PackedWeight) -> Non
     active = case.structure.active_units(case.topology, case.shape)
     assert totals[active].sum() == scores[mask_of(case.structure, case.topology, case.shape)].sum()
     assert totals[totals > -torch.inf].sum() == scores.sum()
+    rows = torch.randperm(size[0])[: 1 + size[0] // 3]
+    known = torch.zeros(size, dtype=torch.float64)
+    known[rows] = scores[rows]
+    assert torch.equal(case.structure.unit_totals_of_rows(scores[rows], rows, size[0]), case.structure.unit_totals(known))

@@ -70,6 +70,8 @@ def assert_untouched(model: nn.Module, *optimizers: torch.optim.Optimizer) -> No
         ({"end": -0.1}, "end"),
         ({"start": -1}, "start"),
         ({"gradient_rows": 0.0}, "gradient_rows"),
+        ({"method": "set", "gradient_rows": 0.5}, "gradient_rows samples .* method 'set' takes no sample"),
+        ({"ablation": 0.3, "gradient_rows": 0.5}, "gradient_rows samples .* ablation"),
         ({"mest_weight": -1.0}, "mest_weight"),
         ({"method": "magnitude"}, "final_sparsity"),
         ({"method": "rigl", "final_sparsity": 0.9}, "final_sparsity"),

@@ -18,9 +18,9 @@ from padst_compile.backend import padst as backend
 from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT, soft_permute
 from padst_compile.layers import LayerConfig, PermutedSparseLinear, SoftPermutation
-from padst_compile.structures import Shape, parse
+from padst_compile.structures import Shape, Unstructured, parse
 from padst_compile.testing.training import STRUCTURES, batch, layers_of, loss_at, small_model
-from padst_compile.training.collector import DenseGradient
+from padst_compile.training.collector import DenseGradient, SampledScores
 
 TURN = torch.tensor([2, 0, 1, 5, 3, 4, 6], dtype=torch.int32)  # its inverse is another permutation; odd in number
 SIDES = ("input", "output")
@@ -286,7 +286,7 @@ def test_reducers_get_the_gradient_and_then_its_magnitudes() -> None:
             seen[self.name] = gradient.clone()
 
     grad, x = integers(5, 16), integers(5, 24, seed=1)
-    listener = DenseGradient(Shape(16, 24), (Keep("magnitude"),), (Keep("signed"),))
+    listener = DenseGradient((Keep("magnitude"),), (Keep("signed"),))
     listener.products(grad, x)
     assert torch.equal(seen["signed"].double(), grad.T @ x)
     assert torch.equal(seen["magnitude"].double(), (grad.T @ x).abs())
@@ -299,19 +299,31 @@ def test_reducers_get_the_gradient_and_then_its_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-def test_sampled_rows_are_those_of_the_gradient_and_others_zero(permuted: bool) -> None:
+@pytest.mark.parametrize("listens", ["the sample alone", "others, too"])
+def test_a_sample_takes_its_rows_and_others_all_of_the_gradient(permuted: bool, listens: str) -> None:
     class Keep:
         def add(self, gradient: torch.Tensor) -> None:
             self.got = gradient.clone()
 
-    keep, rows = Keep(), torch.tensor([1, 4, 15])
+        def clear(self) -> None:
+            """Keeps it."""
+
+    keep, rows, shape = Keep(), torch.tensor([1, 4, 15]), Shape(16, 24)
     grad, x = integers(5, 16), integers(5, 24, seed=1)
     around = (torch.randperm(16), torch.randperm(24)) if permuted else (None, None)
-    DenseGradient(Shape(16, 24), (), (keep,), rows).products(grad, x, *around)
+    sample = SampledScores(Unstructured(), "l1", shape, rows)
+    listener = DenseGradient((), (keep,) if listens == "others, too" else (), sample)
+    listener.products(grad, x, *around)
     whole = (grad.T @ x).float()
-    expected = torch.zeros(16, 24)
-    expected[rows] = (whole if around[0] is None else whole[around[0]][:, around[1]])[rows]
-    assert torch.equal(keep.got, expected)
+    whole = whole if around[0] is None else whole[around[0]][:, around[1]]
+    expected = torch.zeros(shape.out_features, shape.in_features)
+    expected[rows] = whole[rows].abs()
+    assert sample.total is not None
+    assert torch.equal(sample.total, expected.reshape(1, -1))
+    assert listens == "the sample alone" or torch.equal(keep.got, whole)
+    listener.clear()
+    listener.weight(whole)  # of a layer that runs dense
+    assert torch.equal(sample.total, expected.reshape(1, -1))
 
 
 @pytest.mark.parametrize("columns", [False, True])
@@ -348,7 +360,7 @@ def test_gradients_that_are_not_finite_are_counted_not_handed_on(poison: float) 
         def add(self, gradient: torch.Tensor) -> None:
             raise AssertionError("handed on")
 
-    listener = DenseGradient(Shape(4, 4), (Never(),), (Never(),))
+    listener = DenseGradient((Never(),), (Never(),))
     listener.products(torch.full((2, 4), poison), torch.ones(2, 4))
     assert listener.poisoned == 1
 

@@ -73,6 +73,18 @@ class Structure(abc.ABC):
         """Sums of `scores` `[out, in]` over each unit, `[pools, units]`; -inf where a unit lies outside the layer."""
         raise NoUnitsError(self.kind)
 
+    def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
+        """`unit_totals` of scores that are known of some output rows, and zero in the others.
+
+        Args:
+            scores: `[rows, in]`.
+            rows: int64 `[rows]`, which they are, each once.
+            out_features: of the layer.
+        """
+        whole = scores.new_zeros(out_features, scores.shape[1])
+        whole[rows] = scores
+        return self.unit_totals(whole)
+
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """Which units are active, bool `[pools, units]`."""
         raise NoUnitsError(self.kind)

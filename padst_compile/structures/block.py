@@ -73,6 +73,13 @@ class Block(Structure):
         """See `Structure.unit_totals`: the L1 score of structured DynSparse (Dietrich et al. 2021) for magnitudes."""
         return self._tiles(scores).sum((1, 3)).reshape(1, -1)
 
+    def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
+        """See `Structure.unit_totals_of_rows`; takes no dense memory."""
+        row_count, column_count = self.grid(Shape(out_features, scores.shape[1]))
+        whole = padded(scores, scores.shape[0], column_count * self.columns)
+        across = whole.reshape(-1, column_count, self.columns).sum(2)
+        return across.new_zeros(row_count, column_count).index_add_(0, rows // self.rows, across).reshape(1, -1)
+
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """See `Structure.active_units`."""
         row_count, column_count = self.grid(shape)

@@ -73,8 +73,18 @@ class NM(Structure):
 
     def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
         """See `Structure.unit_totals`: scores summed over the rows that share the choice."""
-        totals = self._groups(scores).sum(1)
-        tail = scores.shape[1] % self.m
+        return self._inside(self._groups(scores).sum(1), scores.shape[1])
+
+    def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
+        """See `Structure.unit_totals_of_rows`; takes no more memory than the totals."""
+        row_groups, input_groups = self.groups(Shape(out_features, scores.shape[1]))
+        known = padded(scores, scores.shape[0], input_groups * self.m).reshape(-1, input_groups, self.m)
+        totals = scores.new_zeros(row_groups, input_groups, self.m).index_add_(0, rows // self.vector, known)
+        return self._inside(totals, scores.shape[1])
+
+    def _inside(self, totals: torch.Tensor, in_features: int) -> torch.Tensor:
+        """Totals `[row groups, input groups, m]` as a grid of units, -inf behind the last input feature; changes them."""
+        tail = in_features % self.m
         if tail:
             totals[:, -1, tail:] = -torch.inf
         return totals.flatten(0, 1)

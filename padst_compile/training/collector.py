@@ -56,10 +56,9 @@ class DenseGradient:
     (gradient accumulation, ranks) magnitudes are added, not gradients: a signed sum would be a dense gradient per layer.
 
     Args:
-        shape: of the layer.
         magnitudes: who gets `|gradient|`.
         signed: who gets the gradient itself.
-        rows: output rows to take gradients from, int64; None for all (Grass, Muhamed et al. 2024: a sample estimates scores).
+        sampled: who gets `|gradient|` of some output rows. Where nobody else wants any, only those are computed.
         passes: knows which backward passes were in vain; None where none are.
 
     Attributes:
@@ -68,19 +67,12 @@ class DenseGradient:
 
     def __init__(
         self,
-        shape: Shape,
         magnitudes: Sequence[Reducer],
         signed: Sequence[Reducer] = (),
-        rows: torch.Tensor | None = None,
+        sampled: SampledScores | None = None,
         passes: Passes | None = None,
     ) -> None:
-        self.shape, self.magnitudes, self.signed, self.rows, self._passes = (
-            shape,
-            tuple(magnitudes),
-            tuple(signed),
-            rows,
-            passes,
-        )
+        self.magnitudes, self.signed, self.sampled, self._passes = tuple(magnitudes), tuple(signed), sampled, passes
         self.poisoned = 0
         if passes is not None:
             passes.watch(self)
@@ -92,12 +84,13 @@ class DenseGradient:
         if not self._wanted():
             return
         with torch.no_grad():
-            if self.rows is None:
+            if self.sampled is None or self.magnitudes or self.signed:
                 self._hand_on(gradient_tap.product(grad, x, rows, columns))
                 return
-            gradient = torch.zeros(self.shape.out_features, self.shape.in_features, device=x.device)
-            gradient[self.rows] = gradient_tap.product(grad, x, self.rows if rows is None else rows[self.rows], columns)
-            self._hand_on(gradient)
+            wanted = self.sampled.rows if rows is None else rows[self.sampled.rows]
+            part = gradient_tap.product(grad, x, wanted, columns)
+            if self._is_finite(part):
+                self.sampled.add_rows(part.abs_())
 
     def weight(self, gradient: torch.Tensor) -> None:
         """See `GradientListener.weight`."""
@@ -108,32 +101,39 @@ class DenseGradient:
     def clear(self) -> None:
         """See `Restartable.clear`."""
         self.poisoned = 0
-        for reducer in (*self.magnitudes, *self.signed):
+        for reducer in self._reducers():
             reducer.clear()
 
     def to(self, device: torch.device) -> None:
         """See `GradientListener.to`."""
-        self.rows = None if self.rows is None else self.rows.to(device)
-        for reducer in (*self.magnitudes, *self.signed):
+        for reducer in self._reducers():
             reducer.to(device)
+
+    def _reducers(self) -> tuple[Reducer, ...]:
+        return (*self.magnitudes, *self.signed, *(() if self.sampled is None else (self.sampled,)))
 
     def _wanted(self) -> bool:
         """Whether anybody wants the gradient of the backward pass that runs now."""
         if self._passes is not None:
             self._passes.enter()
-        return bool(self.magnitudes or self.signed)
+        return bool(self._reducers())
 
     def _hand_on(self, gradient: torch.Tensor) -> None:
         """`gradient` `[out, in]` is ours to overwrite."""
-        if not bool(gradient.sum().isfinite()):
-            self.poisoned += 1
+        if not self._is_finite(gradient):
             return
         for reducer in self.signed:
             reducer.add(gradient)
-        if self.magnitudes:
-            gradient.abs_()
+        gradient.abs_()
         for reducer in self.magnitudes:
             reducer.add(gradient)
+        if self.sampled is not None:
+            self.sampled.add(gradient)
+
+    def _is_finite(self, gradient: torch.Tensor) -> bool:
+        finite = bool(gradient.sum().isfinite())
+        self.poisoned += not finite
+        return finite
 
 
 class UnitScores(Sum):
@@ -147,10 +147,54 @@ class UnitScores(Sum):
         """See `Reducer.add`; takes magnitudes."""
         self.gather(unit_scores(self.structure, gradient, self.score))
 
+    def estimate(self) -> torch.Tensor:
+        """`total`, or what it would be: -inf where nothing is known of a unit, or there is none."""
+        assert self.total is not None  # the runtime leaves updates out where nothing came
+        return self.total
+
+
+class SampledScores(UnitScores):
+    """The same from a sample of the output rows, which estimates it (Grass, Muhamed et al. 2024).
+
+    Args:
+        structure: of the layer.
+        score: of its units.
+        shape: of the layer.
+        rows: int64, the sample.
+    """
+
+    def __init__(self, structure: Structure, score: UnitScore, shape: Shape, rows: torch.Tensor) -> None:
+        super().__init__(structure, score)
+        self.shape, self.rows = shape, rows
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """See `Reducer.add`; takes magnitudes of all rows."""
+        self.add_rows(gradient[self.rows])
+
+    def add_rows(self, part: torch.Tensor) -> None:
+        """Take in magnitudes of the sample, float32 `[rows, in_features]`."""
+        powers = part if self.score == "l1" else part.square()
+        self.gather(_norm(self.structure.unit_totals_of_rows(powers, self.rows, self.shape.out_features), self.score))
+
+    def to(self, device: torch.device) -> None:
+        """See `Reducer.to`."""
+        super().to(device)
+        self.rows = self.rows.to(device)
+
+    def estimate(self) -> torch.Tensor:
+        """See `UnitScores.estimate`: as if the weights of a unit were all like those in the sample."""
+        total, columns = super().estimate(), self.shape.in_features
+        sizes = self.structure.unit_totals(torch.ones(self.shape.out_features, columns, device=total.device))
+        ones = torch.ones(len(self.rows), columns, device=total.device)
+        seen = self.structure.unit_totals_of_rows(ones, self.rows, self.shape.out_features)
+        return torch.where(seen > 0, total * _norm(sizes / seen, self.score), -torch.inf)
+
 
 def unit_scores(structure: Structure, magnitudes: torch.Tensor, score: UnitScore) -> torch.Tensor:
     """The norm of every unit of `magnitudes` `[out, in]`: `[pools, units]`, -inf where there is no unit."""
-    if score == "l1":
-        return structure.unit_totals(magnitudes)
-    totals = structure.unit_totals(magnitudes.square())
-    return torch.where(totals >= 0, totals.sqrt(), totals)
+    return _norm(structure.unit_totals(magnitudes if score == "l1" else magnitudes.square()), score)
+
+
+def _norm(totals: torch.Tensor, score: UnitScore) -> torch.Tensor:
+    """From totals of magnitudes, or of their squares."""
+    return totals if score == "l1" else torch.where(totals >= 0, totals.sqrt(), totals)

@@ -75,7 +75,8 @@ class DSTConfig:
         total_steps: optimizer steps of the whole training.
         score: of a unit, from its weights or gradients: their `"l1"` or `"l2"` norm.
         mest_weight: λ of mest.
-        gradient_rows: fraction of the output rows from which rigl estimates gradients (Grass, Muhamed et al. 2024).
+        gradient_rows: fraction of the output rows, drawn anew for each update, from which rigl estimates gradients (Grass,
+            Muhamed et al. 2024). Units without any of them stay as they are at that update.
         ablation: gamma of SRigL: with rigl, outputs of N:M layers of which less than this fraction is salient are given up.
         final_sparsity: of magnitude and dynadiag, reached at `end`.
         permutation: how permutations are learned; None leaves them as they are.
@@ -113,6 +114,11 @@ class DSTConfig:
         for name in ("fraction", "end"):
             _between("DSTConfig", name, getattr(self, name), 0.0, 1.0)
         _between("DSTConfig", "gradient_rows", self.gradient_rows, 0.0, 1.0, above=True)
+        if self.gradient_rows < 1 and (self.method != "rigl" or self.ablation is not None):
+            other = "ablation" if self.method == "rigl" else f"method {self.method!r}"
+            raise TrainingConfigError(
+                f"DSTConfig: gradient_rows samples gradients for method 'rigl', and {other} takes no sample; leave one out"
+            )
         _between("DSTConfig", "mest_weight", self.mest_weight, 0.0, float("inf"))
         if self.total_steps is not None:
             _count("DSTConfig", "total_steps", self.total_steps)

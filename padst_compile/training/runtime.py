@@ -12,7 +12,7 @@ import torch
 
 from padst_compile.errors import AttachError
 from padst_compile.structures import NM
-from padst_compile.training.collector import DenseGradient, UnitScores
+from padst_compile.training.collector import DenseGradient, SampledScores, UnitScores
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.invariants import check_layer
 from padst_compile.training.learner import PermutationLearner
@@ -187,24 +187,24 @@ class Runtime:
             trained = member.trained
             trained.forget()
             wanted = is_due(step, self.config, trained.offset) and needs_gradient(self.config.method)
-            member.scores = UnitScores(trained.structure, self.config.score) if wanted else None
+            member.scores = self._scores(trained, step) if wanted else None
             magnitudes, signed = ((), ()) if member.learner is None else member.learner.listen(step)
-            own = () if member.scores is None else (member.scores,)
+            sampled = member.scores if isinstance(member.scores, SampledScores) else None
+            own = () if member.scores is None or sampled is not None else (member.scores,)
             member.listener = None
             soft = member.learner is not None and not member.learner.hard  # hears of its matrix, and must know of each pass
-            if own or magnitudes or signed or soft:
-                reducers, rows = (*own, *magnitudes), self._rows(trained, step)
-                member.listener = DenseGradient(trained.shape, reducers, signed, rows, trained.passes)
+            if member.scores is not None or magnitudes or signed or soft:
+                member.listener = DenseGradient((*own, *magnitudes), signed, sampled, trained.passes)
                 trained.listen(member.listener)
 
-    def _rows(self, trained: TrainedLayer, step: int) -> torch.Tensor | None:
-        """The output rows to estimate gradients from."""
+    def _scores(self, trained: TrainedLayer, step: int) -> UnitScores:
+        """What adds up the gradients of a layer's units, from all its output rows or a sample."""
+        structure, score, total = trained.structure, self.config.score, trained.shape.out_features
         if self.config.gradient_rows == 1.0:
-            return None
-        total = trained.shape.out_features
+            return UnitScores(structure, score)
         order = torch.randperm(total, generator=trained.generator(self.config.seed, step, "rows"))
         rows = order[: max(1, round(self.config.gradient_rows * total))].sort().values
-        return rows.to(trained.layer.topology[0].device)
+        return SampledScores(structure, score, trained.shape, rows.to(trained.layer.topology[0].device))
 
     def _update(self, members: Sequence[_Member], step: int) -> None:
         device = members[0].trained.layer.topology[0].device

@@ -13,13 +13,14 @@ def exchange(active: torch.Tensor, keep: torch.Tensor, grow: torch.Tensor, count
     Args:
         active: bool `[pools, units]`.
         keep: scores of active units, `[pools, units]`; the smallest are dropped, over all pools.
-        grow: scores of units that are not kept; -inf where there is no unit. Ties go to the lower position.
-        count: how many, at most those that are active.
+        grow: scores of units that are not kept. Ties go to the lower position. Where it is -inf, there is no unit, or nothing
+            is known of it: that one stays as it is.
+        count: how many, at most those that are active and not such ones.
 
     Returns:
         The new `active`; every pool has as many active units as before.
     """
-    kept = active & ~smallest(keep, active, count)
+    kept = active & ~smallest(keep, active & (grow > -torch.inf), count)
     vacancies = active.sum(1) - kept.sum(1)
     pools = vacancies.nonzero()[:, 0]  # of N:M's many pools most are full
     candidates = grow[pools].masked_fill(kept[pools], -torch.inf)

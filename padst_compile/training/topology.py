@@ -60,8 +60,7 @@ def _magnitude_and_gradient(now: Situation) -> torch.Tensor:
 
 def _gradient(now: Situation) -> torch.Tensor:
     assert now.gradients is not None  # the runtime listened, and leaves the update out where nothing came
-    assert now.gradients.total is not None
-    return now.gradients.total
+    return now.gradients.estimate()
 
 
 def _chance(now: Situation) -> torch.Tensor:
@@ -127,8 +126,8 @@ def _ablates(now: Situation) -> bool:
 
 def _exchanged(now: Situation, active: torch.Tensor) -> torch.Tensor:
     rule, structure = _RULES[now.config.method], now.trained.structure
-    count = round(fraction_at(now.step, now.config) * int(active.sum()))
     keep, grow = rule.keep(now), rule.grow(now)
+    count = round(fraction_at(now.step, now.config) * int((active & (grow > -torch.inf)).sum()))
     if now.config.ablation is not None and isinstance(structure, NM):
         stay = neurons_to_keep(structure, now.trained.shape, active, keep, grow, count, now.config.ablation)
         active = active & stay
