@@ -121,7 +121,7 @@ class AutoShuffleLearner:
     """A soft matrix under a penalty until it is nearly hard (PA-DST section 4); `permutations.autoshuffle` has the method."""
 
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
-        assert trained.layer.permutation is not None
+        permutation = _permutation(trained)
         assert config.total_steps is not None
         if bool((_sets(trained) != 0).any()):
             raise AttachError(
@@ -130,7 +130,8 @@ class AutoShuffleLearner:
             )
         self.trained, self.method = trained, method
         self._warmup, self._deadline = (int(part * config.total_steps) for part in (method.warmup, method.deadline))
-        matrix = birkhoff.initial(trained.layer.permutation, generator=trained.generator(config.seed, 0, "soft permutation"))
+        generator = trained.generator(config.seed, 0, "soft permutation")
+        matrix = birkhoff.initial(permutation.numel(), generator=generator).to(permutation.device)
         anchor = torch.zeros(1, device=matrix.device, requires_grad=True)
         self._soft = SoftPermutation(matrix, torch.tensor([SOFT], dtype=torch.uint8), anchor)
         for layer in trained.layers:

@@ -44,14 +44,11 @@ class AutoShuffle:
     Args:
         matrix: `[n, n]` float32, doubly stochastic (`birkhoff.initial`); changed in place, so that it may be a layer's buffer.
         learning_rate: of Adam, in units of `1/n`, the size of the entries at the start.
-        passes: of the projection after every step.
         owner: the layer, for messages.
     """
 
-    def __init__(
-        self, matrix: torch.Tensor, *, learning_rate: float = 1.0, passes: int = 1, owner: str = "AutoShuffle"
-    ) -> None:
-        self.learning_rate, self.passes, self.owner = learning_rate, passes, owner
+    def __init__(self, matrix: torch.Tensor, *, learning_rate: float = 1.0, owner: str = "AutoShuffle") -> None:
+        self.learning_rate, self.owner = learning_rate, owner
         self._adam = Adam(matrix)
 
     @property
@@ -69,7 +66,7 @@ class AutoShuffle:
         """
         gradient = birkhoff.penalty_gradient(self.matrix).mul_(weight).add_(task_gradient)
         self._adam.step(gradient, self.learning_rate / self.matrix.shape[0])
-        birkhoff.project_(self.matrix, self.passes)
+        birkhoff.project_(self.matrix)
 
     def penalty(self) -> float:
         """How far from a permutation, in [0, 1)."""

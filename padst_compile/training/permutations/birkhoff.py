@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from padst_compile import permutation
 from padst_compile.errors import PermutationScoresError
 
 _INITIAL_PASSES = 20
+_INITIAL_NOISE = 0.05  # relative to 1/n
 
 
 def matrix_of(indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -80,28 +80,19 @@ def project_(matrix: torch.Tensor, passes: int = 1) -> torch.Tensor:
     return matrix
 
 
-def initial(start: torch.Tensor, *, generator: torch.Generator, margin: float = 0.0, noise: float = 0.05) -> torch.Tensor:
-    """A doubly stochastic matrix to start from: `margin * Π + (1 - margin) * (nearly uniform)`.
+def initial(size: int, *, generator: torch.Generator) -> torch.Tensor:
+    """A doubly stochastic matrix to start from: nearly uniform, whatever the layer's permutation was.
 
-    The default is nearly uniform, for the outcome is easily decided here. In an experiment with the penalty alone, 52 to 65 %
-    of the rows of a random start ended where its own linear assignment puts them; in another, with a weak task and a penalty at
-    full strength from the first step, a margin of 0.1 led back to the start in every row. Small noise, no margin and a penalty
-    that warms up (`autoshuffle.weight_at`) leave the choice to the task.
-
-    Args:
-        start: the permutation, `[n]`.
-        generator: of the noise.
-        margin: share of Π, in [0, 1]; 1 is Π itself.
-        noise: relative size of uniform noise on the rest.
+    For the outcome is easily decided here. In an experiment with the penalty alone, 52 to 65 % of the rows of a random start
+    ended where its own linear assignment puts them; in another, with a weak task and a penalty at full strength from the first
+    step, a share of 0.1 for the permutation before led back to it in every row. Small noise and a penalty that warms up
+    (`autoshuffle.weight_at`) leave the choice to the task.
 
     Returns:
-        float32 `[n, n]` on the device of `start`.
+        float32 `[size, size]` on the device of the generator.
     """
-    size = start.numel()
     uniform = torch.rand(size, size, generator=generator, dtype=torch.float32, device=generator.device)
-    spread = project_(1 + noise * (2 * uniform - 1), _INITIAL_PASSES)
-    peaks = matrix_of(permutation.check(start, size, "initial"))
-    return margin * peaks + (1 - margin) * spread.to(start.device)
+    return project_(1 + _INITIAL_NOISE * (2 * uniform - 1), _INITIAL_PASSES)
 
 
 def _wide(matrix: torch.Tensor) -> torch.Tensor:

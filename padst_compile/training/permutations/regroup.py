@@ -13,9 +13,7 @@ from padst_compile.permutation_search.assignment import harden
 from padst_compile.permutation_search.units import PlaceUnits
 
 
-def combine(
-    weight_scores: torch.Tensor, gradient_scores: torch.Tensor, units: PlaceUnits, gradient_weight: float = 1.0
-) -> torch.Tensor:
+def combine(weight_scores: torch.Tensor, gradient_scores: torch.Tensor, units: PlaceUnits) -> torch.Tensor:
     """Scores A from weights and gradients, each relative to its mean over active units.
 
     A feature that moves keeps its weights where its unit is active before and after. A unit that is not active has no weights,
@@ -25,16 +23,9 @@ def combine(
         weight_scores: sums of `|weight|`, `[line groups, n]`, columns in the order of the places; zero where not active.
         gradient_scores: sums of `|gradient|` of the dense S, the same.
         units: of the layer.
-        gradient_weight: 0 for weights alone, which never move.
     """
     held = units.held()
-    return _relative(weight_scores, held) + gradient_weight * _relative(gradient_scores, held)
-
-
-def benefit(scores: torch.Tensor, units: PlaceUnits, order: torch.Tensor | None = None) -> float:
-    """The total benefit of all features at their places, in float64; with `order`, as if they had moved."""
-    moved = scores if order is None else scores[:, order]
-    return float((moved.double() * units.held()).sum())
+    return _relative(weight_scores, held) + _relative(gradient_scores, held)
 
 
 def regroup(

@@ -18,10 +18,13 @@ from padst_compile.permutation_search.assignment import harden_blocks
 from padst_compile.training.permutations.adam import Adam
 from padst_compile.training.permutations.blocks import Blocks
 
+_ITERATIONS = 5
+_HOT, _COLD = 1.0, 0.1  # temperatures at the first update, and from the last on
+_MARGIN = 0.1  # of the logits of the start over all others: what learning must overcome
 _NEVER = -1e9  # a logit whose exponential is exactly 0; infinite ones would make gradients NaN
 
 
-def sinkhorn(logits: torch.Tensor, iterations: int = 5, temperature: float = 1.0) -> torch.Tensor:
+def sinkhorn(logits: torch.Tensor, iterations: int = _ITERATIONS, temperature: float = _HOT) -> torch.Tensor:
     """Doubly stochastic matrices from logits, by normalising rows and columns in turn, in log space.
 
     Args:
@@ -38,9 +41,9 @@ def sinkhorn(logits: torch.Tensor, iterations: int = 5, temperature: float = 1.0
     return logarithms.exp()
 
 
-def temperature_at(update: int, updates: int, first: float = 1.0, last: float = 0.1) -> float:
-    """The temperature at an update, counted from 0: linear from `first` to `last` over `updates`, then `last`."""
-    return last if update >= updates else first + (last - first) * update / updates
+def temperature_at(update: int, updates: int) -> float:
+    """The temperature at an update, counted from 0: it falls linearly over `updates`, then stays."""
+    return _COLD if update >= updates else _HOT + (_COLD - _HOT) * update / updates
 
 
 class SinkhornSTE:
@@ -49,16 +52,13 @@ class SinkhornSTE:
     Args:
         start: int32 `[n]`, the permutation before the first update.
         blocks: which places exchange features; `blocks.split`.
-        updates: over which the temperature falls from `temperature[0]` to `temperature[1]`.
+        updates: over which the temperature falls.
         learning_rate: of Adam on the logits.
-        iterations: of Sinkhorn's normalisation.
-        temperature: at the first update, and from the last on.
-        margin: of the logits of `start` over all others; what learning must overcome.
         owner: the layer, for messages.
 
     Attributes:
-        places: int64 `[blocks, width]`: where an entry's row reads to; for `gradient.block_gradient`.
-        features: int64 `[blocks, width]`: the features that an entry's columns stand for, those of `start` at `places`.
+        places: int64 `[blocks, width]`: the rows of Π that a block's rows are.
+        features: int64 `[blocks, width]`: the columns of Π that its columns are, the features of `start` at `places`.
     """
 
     def __init__(
@@ -68,19 +68,15 @@ class SinkhornSTE:
         *,
         updates: int,
         learning_rate: float = 0.05,
-        iterations: int = 5,
-        temperature: tuple[float, float] = (1.0, 0.1),
-        margin: float = 0.1,
         owner: str = "SinkhornSTE",
     ) -> None:
         self._start = permutation.check(start, start.numel(), owner).clone()
         self._blocks = blocks.to(start.device)
-        self.updates, self.learning_rate, self.iterations, self.temperature = updates, learning_rate, iterations, temperature
-        self.owner = owner
+        self.updates, self.learning_rate, self.owner = updates, learning_rate, owner
         width = blocks.places.shape[1]
         self._eye = torch.eye(width, dtype=torch.bool, device=start.device)
         self._valid = self._blocks.valid_of_orders()
-        logits = (margin * self._eye.float()).expand(self._valid.shape[0], -1, -1).contiguous()
+        logits = (_MARGIN * self._eye.float()).expand(self._valid.shape[0], -1, -1).contiguous()
         self._adam = Adam(logits)
 
     @property
@@ -126,9 +122,9 @@ class SinkhornSTE:
         """One Adam step on the logits.
 
         Args:
-            gradient: of the loss by the hard matrices, `[blocks, width, width]`, any floating dtype
-                (`gradient.block_gradient(…, places, features)`), taken for the soft ones' (straight-through). Layers that must
-                share one permutation share one learner, with the sum of their gradients.
+            gradient: of the loss by the hard Π, `[blocks, width, width]`, any floating dtype: entry `[b, i, j]` is that of
+                `Π[places[b, i], features[b, j]]`. It is taken for the soft ones' (straight-through). Layers that must share
+                one permutation share one learner, with the sum of their gradients.
         """
         logits = self.logits.detach().clone().requires_grad_()
         with torch.enable_grad():
@@ -161,4 +157,4 @@ class SinkhornSTE:
         valid = self._valid
         inside = valid[:, :, None] & valid[:, None, :]
         masked = logits.masked_fill(~inside, _NEVER).masked_fill(~inside & self._eye, 0.0)
-        return sinkhorn(masked, self.iterations, temperature_at(self.update_count, self.updates, *self.temperature))
+        return sinkhorn(masked, temperature=temperature_at(self.update_count, self.updates))
