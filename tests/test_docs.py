@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from click.exceptions import Exit
 
 import padst_compile
 from padst_compile import recipes
@@ -153,7 +152,7 @@ def test_commands_in_the_documents_exist(line: str) -> None:
     if len(arguments) == 1 or line.endswith((" --html", " --graph")):  # only mentioned
         assert all(any(argument in option.opts for option in command.params) for argument in arguments[1:])
         return
-    with contextlib.suppress(Exit):  # of --help
+    with contextlib.suppress(typer.Exit):  # of --help
         command.make_context(arguments[0], arguments[1:])
 
 

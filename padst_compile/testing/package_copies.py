@@ -33,13 +33,13 @@ def leave_schemas_alone(package: Path, panel_tokens: int) -> None:
 
     Args:
         package: the copy.
-        panel_tokens: what the operator of that name answers, to tell one library from another.
+        panel_tokens: what the operator of that name answers, and others that return a number, to tell one library from another.
     """
     kernels = package / "kernels" / "native"
     library = kernels / "library.cpp"
     schemas, _, _ = library.read_text().partition("TORCH_LIBRARY_IMPL")
     schemas = schemas.replace('#include "kernels.h"', "")
-    schemas = schemas.replace("&padst::panel_tokens", f"[]() -> int64_t {{ return {panel_tokens}; }}")
+    schemas = re.sub(r'(\(\) -> int", )&padst::\w+', rf"\1[]() -> int64_t {{ return {panel_tokens}; }}", schemas)
     schemas = re.sub(r"&padst::\w+", "[](at::ScalarType) { return false; }", schemas)
     for source in [*kernels.glob("*.cpp"), *kernels.glob("*.h")]:
         source.unlink()
