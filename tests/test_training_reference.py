@@ -58,6 +58,15 @@ def units(structure: Structure, rows: int, columns: int) -> list[list[torch.Tens
             return [[index.reshape(1) for index in flat.flatten()]]
 
 
+def norm(weights: torch.Tensor, score: str) -> float:
+    return float(weights.abs().sum() if score == "l1" else weights.square().sum().sqrt())
+
+
+def norms(gradient: torch.Tensor, score: str, pools: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Of each unit, `[pools, units]`."""
+    return torch.tensor([[norm(gradient.flatten()[unit], score) for unit in pool] for pool in pools], dtype=torch.float64)
+
+
 class Reference:
     """A masked dense layer in training.
 
@@ -71,7 +80,7 @@ class Reference:
         self.mask = mask
         self.structure = structure
         self.pools = units(structure, *weight.shape)
-
+        self.first = 1 - sum(map(sum, self.active())) / sum(map(len, self.pools))  # the sparsity of units at the start
         self.seen: list[torch.Tensor] = []  # the masked weights of forward passes; they get the dense gradient
 
     def masked(self) -> torch.Tensor:
@@ -80,33 +89,50 @@ class Reference:
         self.seen.append(weight)
         return weight
 
-    def update(self, method: str, state: dict[str, Any], fraction: float, chance: torch.Tensor) -> None:
-        """Drop and grow; `chance` are random numbers `[pools, units]`."""
-        scores = torch.stack([weight.grad.abs() for weight in self.seen if weight.grad is not None]).sum(0)
-        active = [[bool(self.mask.view(-1)[unit].any()) for unit in pool] for pool in self.pools]
+    def update(self, settings: padst.DSTConfig, state: dict[str, Any], step: int, chance: torch.Tensor) -> None:
+        """Drop and grow, or prune; `chance` are random numbers `[pools, units]`."""
+        last = int(END * TOTAL)
+        if settings.method == "magnitude":
+            assert settings.final_sparsity is not None
+            slope = (1 - step / last) ** 3
+            sparsity = settings.final_sparsity + (self.first - settings.final_sparsity) * slope
+            wanted = max(1, round((1 - sparsity) * sum(map(len, self.pools))))
+            for p, u in self.smallest(settings, len(self.smallest(settings, None)) - wanted):
+                self.mask.view(-1)[self.pools[p][u]] = False
+        else:
+            self.exchange(settings, FRACTION / 2 * (1 + math.cos(math.pi * step / last)), chance)
+        self.hold(state)
+
+    def smallest(self, settings: padst.DSTConfig, count: int | None) -> list[tuple[int, int]]:
+        """Places of the active units that matter least, those first; all of them for None."""
         magnitude = self.weight.detach().abs()
-        if method == "mest":
+        if settings.method == "mest":
             assert self.weight.grad is not None
-            magnitude = magnitude + self.weight.grad.abs()
-        keep = {
-            (p, u): float(magnitude.view(-1)[unit].sum())
-            for p, pool in enumerate(self.pools)
-            for u, unit in enumerate(pool)
-            if active[p][u]
-        }
-        count = round(fraction * len(keep))
-        dropped = set(sorted(keep, key=lambda place: (keep[place], place))[:count])
+            magnitude = magnitude + settings.mest_weight * self.weight.grad.abs()
+        active = self.active()
+        places = [(p, u) for p, pool in enumerate(self.pools) for u in range(len(pool)) if active[p][u]]
+        scores = {(p, u): norm(magnitude.view(-1)[self.pools[p][u]], settings.score) for p, u in places}
+        return sorted(places, key=lambda place: (scores[place], place))[:count]
+
+    def active(self) -> list[list[bool]]:
+        """Which units are."""
+        return [[bool(self.mask.view(-1)[unit].any()) for unit in pool] for pool in self.pools]
+
+    def exchange(self, settings: padst.DSTConfig, fraction: float, chance: torch.Tensor) -> None:
+        gradients = [weight.grad for weight in self.seen if weight.grad is not None]
+        scores = torch.stack([norms(gradient, settings.score, self.pools) for gradient in gradients]).sum(0)
+        active = self.active()
+        dropped = set(self.smallest(settings, round(fraction * sum(map(sum, active)))))
+        worth = scores if settings.method == "rigl" else chance
         mask = torch.zeros(self.mask.numel(), dtype=torch.bool)
         for p, pool in enumerate(self.pools):
             kept = [u for u in range(len(pool)) if active[p][u] and (p, u) not in dropped]
             lost = sum(active[p]) - len(kept)
             others = [u for u in range(len(pool)) if u not in kept]
-            worth = {u: float(chance[p, u]) if method != "rigl" else float(scores.view(-1)[pool[u]].sum()) for u in others}
-            grown = sorted(others, key=lambda u: (-worth[u], u))[:lost]
+            grown = sorted(others, key=lambda u: (-float(worth[p, u]), u))[:lost]
             for u in (*kept, *grown):
                 mask[pool[u]] = True
         self.mask = mask.reshape(self.mask.shape)
-        self.hold(state)
 
     def units_at(self, side: Literal["input", "output"]) -> PlaceUnits:
         """What is active at each place of the permuted side, read off the mask."""
@@ -176,10 +202,9 @@ class ReferenceModel(nn.Module):
             if id(layer.weight) in held:
                 layer.hold(optimizer.state[layer.weight])
                 if step % INTERVAL == 0 and step <= last:
-                    fraction = FRACTION / 2 * (1 + math.cos(math.pi * step / last))
                     generator = self.generators(number, step, "growth")
                     chance = torch.rand(len(layer.pools), len(layer.pools[0]), generator=generator)
-                    layer.update(self.settings.method, optimizer.state[layer.weight], fraction, chance)
+                    layer.update(self.settings, optimizer.state[layer.weight], step, chance)
                 learned = self.settings.permutation
                 if learned is not None and step <= last and step % learned.interval == learned.interval // 2:
                     self.regroup(number, learned, step, last, optimizer.state[layer.weight])
@@ -287,9 +312,10 @@ def compare(
     for step in range(TOTAL):
         run(model, own, step)
         run(reference, others, step)
-        for layer, masked in zip(layers_of(model), reference.layers, strict=True):
+        for trained, layer, masked in zip(runtime.layers, layers_of(model), reference.layers, strict=True):
             weight, mask = dense_of(layer)
-            assert torch.equal(mask, masked.mask), f"step {step}"
+            assert torch.equal(mask, masked.mask) or method == "magnitude", f"step {step}"  # which prunes what stays stored
+            assert trained.active().tolist() == masked.active(), f"step {step}"
             assert torch.allclose(weight, masked.weight, rtol=tolerance, atol=tolerance / 100), f"step {step}"
         for layer, (_, table) in zip(layers_of(model), reference.around, strict=True):
             assert table is None or torch.equal(layer.permutation, table.int()), f"step {step}"
@@ -314,7 +340,7 @@ def check_state(
         for name, tensor in state.items():
             found = torch.as_tensor(tensor)
             if found.shape == layer.values.shape:
-                found = layer.config.structure.unpack(found, layer.topology, layer.config.shape)
+                found = layer.config.structure.unpack(found, layer.topology, layer.config.shape) * masked.mask
             assert torch.allclose(found, torch.as_tensor(other[name]), rtol=tolerance, atol=tolerance / 100), name
 
 
@@ -323,6 +349,27 @@ def check_state(
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_sparse_training_is_masked_dense_training(structure: str, method: str, make: MakeOptimizers) -> None:
     compare(structure, method, make)
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("method", ["rigl", "mest"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_units_by_their_euclidean_norm(structure: str, method: str, make: MakeOptimizers) -> None:
+    compare(structure, method, make, fields={"score": "l2"})
+
+
+@pytest.mark.parametrize("weight", [0.0, 30.0])
+@pytest.mark.parametrize("score", ["l1", "l2"])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_count_as_much_as_asked_for(structure: str, score: str, weight: float) -> None:
+    compare(structure, "mest", sgd, fields={"score": score, "mest_weight": weight})
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("score", ["l1", "l2"])
+@pytest.mark.parametrize("structure", [name for name in STRUCTURES if not name.startswith("nm")])
+def test_pruning_by_magnitude_is_that_of_a_masked_weight(structure: str, score: str, make: MakeOptimizers) -> None:
+    compare(structure, "magnitude", make, fields={"score": score, "final_sparsity": 0.9})
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -384,6 +431,11 @@ def closures(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step
 @pytest.mark.parametrize("method", ["rigl", "mest"])
 def test_loops_of_every_kind(method: str, run: Step) -> None:
     compare("block:4", method, adamw, run)
+
+
+@pytest.mark.parametrize("structure", ["block:8x4", "nm:2:4:2", "diagonal"])
+def test_norms_are_added_up_over_backward_passes(structure: str) -> None:
+    compare(structure, "rigl", sgd, accumulating, fields={"score": "l2"})
 
 
 @pytest.mark.parametrize("make", [groups, two])
