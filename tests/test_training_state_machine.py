@@ -177,6 +177,14 @@ class Training(RuleBasedStateMachine):
         self.model.to(dtype)
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # which casts the moments
 
+    @precondition(lambda self: not self.compiled)
+    @rule()
+    def move_to_other_memory(self) -> None:
+        """As to another device and back, in the midst of accumulation."""
+        self.backward()
+        self.model._apply(torch.clone)
+        self.train()
+
     # What must hold
 
     @invariant()
