@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from padst_compile import permutation
 from padst_compile.errors import AttachError
 from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT
@@ -73,6 +74,8 @@ def make_learners(layers: Sequence[TrainedLayer], config: DSTConfig) -> list[Per
 
 
 def _make_learner(trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> PermutationLearner | None:
+    start = _permutation(trained)
+    permutation.check(start, start.numel(), trained.name)
     match method.method:
         case "autoshuffle":
             return AutoShuffleLearner(trained, config, method)
@@ -121,7 +124,7 @@ class AutoShuffleLearner:
     """A soft matrix under a penalty until it is nearly hard (PA-DST section 4); `permutations.autoshuffle` has the method."""
 
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
-        permutation = _permutation(trained)
+        start = _permutation(trained)
         assert config.total_steps is not None
         if bool((_sets(trained) != 0).any()):
             raise AttachError(
@@ -131,7 +134,7 @@ class AutoShuffleLearner:
         self.trained, self.method = trained, method
         self._warmup, self._deadline = (int(part * config.total_steps) for part in (method.warmup, method.deadline))
         generator = trained.generator(config.seed, 0, "soft permutation")
-        matrix = birkhoff.initial(permutation.numel(), generator=generator).to(permutation.device)
+        matrix = birkhoff.initial(start.numel(), generator=generator).to(start.device)
         anchor = torch.zeros(1, device=matrix.device, requires_grad=True)
         self._soft = SoftPermutation(matrix, torch.tensor([SOFT], dtype=torch.uint8), anchor)
         for layer in trained.layers:
@@ -283,15 +286,15 @@ class SinkhornLearner:
         method: LearnedPermutation,
         followers: Sequence[TrainedLayer] = (),
     ) -> None:
-        permutation = _permutation(trained)
+        start = _permutation(trained)
         assert config.total_steps is not None
         self.trained = trained
         deadline = int(method.deadline * config.total_steps)
         self._acting = _acting_steps(trained, config, method, deadline, "deadline")
-        size, exchanges = permutation.numel(), trained.exchanges
+        size, exchanges = start.numel(), trained.exchanges
         places = [torch.arange(size)] if exchanges is None else exchanges.sets
         self._learner = SinkhornSTE(
-            permutation,
+            start,
             split(places, size, method.group, trained.name),
             updates=len(self._acting),
             learning_rate=_SINKHORN_RATE * method.learning_rate,
