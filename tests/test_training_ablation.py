@@ -14,7 +14,7 @@ from torch import nn
 
 import padst_compile as padst
 from padst_compile.structures import NM, Shape
-from padst_compile.testing.training import HIDDEN, WIDTH, batch, layers_of, loss_at, small_model
+from padst_compile.testing.training import HIDDEN, WIDTH, batch, layers_of, loss_at, losses, small_model
 from padst_compile.tolerance import allowed_error, relative_error
 from padst_compile.training.ablation import neurons_to_keep
 from padst_compile.training.rearrange import companions
@@ -34,18 +34,6 @@ def begin(structure: str = "nm:1:4", ablation: float = 0.1, learned: str | None 
         interval=INTERVAL, total_steps=TOTAL, end=1.0, ablation=ablation, permutation=method or None, check_invariants=True
     )
     return model, optimizer, padst.attach(model, optimizer, config)
-
-
-def train(training: Training, first: int, last: int) -> list[float]:
-    model, optimizer, _ = training
-    found = []
-    for step in range(first, last):
-        loss = loss_at(model, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 def make_useless(model: nn.Sequential, output: int = LOST) -> None:
@@ -126,9 +114,9 @@ def test_an_output_that_nothing_needs_is_given_up_and_others_are_not(structure: 
         make_useless(model, output)
     lost = torch.zeros(HIDDEN, dtype=torch.bool)
     lost[LOST // vector * vector : LOST // vector * vector + vector] = True
-    train(training, 0, INTERVAL - 1)
+    losses(*training[:2], 0, INTERVAL - 1)
     assert runtime.metrics()["ablated"] == 0
-    train(training, INTERVAL - 1, INTERVAL + 1)
+    losses(*training[:2], INTERVAL - 1, INTERVAL + 1)
     first, _ = layers_of(model)
     assert torch.equal(runtime.layers[0].given_up(), lost) and not runtime.layers[1].given_up().any()
     metrics = runtime.metrics()
@@ -150,7 +138,7 @@ def test_layers_become_sparser_down_to_what_they_could_hold_dense(structure: str
     gone = [layer.given_up() for layer in runtime.layers]
     for step in range(TOTAL):
         before = runtime.metrics()["density"]
-        train(training, step, step + 1)
+        losses(*training[:2], step, step + 1)
         assert runtime.metrics()["density"] <= before
         for trained, earlier in zip(runtime.layers, gone, strict=True):
             assert not bool((earlier & ~trained.given_up()).any())
@@ -171,17 +159,17 @@ def test_layers_become_sparser_down_to_what_they_could_hold_dense(structure: str
 def test_a_resumed_training_is_that_of_an_unbroken_one(tmp_path: Path) -> None:
     """Cut before and after outputs are given up; in memory and through a folder."""
     whole = begin(ablation=0.7)
-    expected = train(whole, 0, TOTAL)
+    expected = losses(*whole[:2], 0, TOTAL)
     assert whole[2].metrics()["ablated"] > 0
     for cut in (INTERVAL - 1, INTERVAL, INTERVAL + 1):
         broken, fresh, other = begin(ablation=0.7), begin(ablation=0.7), begin(ablation=0.7)
-        assert train(broken, 0, cut) == expected[:cut]
+        assert losses(*broken[:2], 0, cut) == expected[:cut]
         for part, source in zip(fresh, broken, strict=True):
             part.load_state_dict(copy.deepcopy(source.state_dict()))
         padst.save_checkpoint(tmp_path / str(cut), *broken)
         padst.load_checkpoint(tmp_path / str(cut), *other)
         for training in (fresh, other):
-            assert train(training, cut, TOTAL) == expected[cut:], f"cut at {cut}"
+            assert losses(*training[:2], cut, TOTAL) == expected[cut:], f"cut at {cut}"
             for own, original in zip(training[2].layers, whole[2].layers, strict=True):
                 assert torch.equal(own.given_up(), original.given_up())
             timeless = {"update_seconds": 0.0, "hook_seconds": 0.0}
@@ -197,7 +185,7 @@ def test_learned_permutations_bring_no_weights_to_outputs_given_up(learned: str,
     training = begin("nm:1:4", 0.7, learned, permutation="learned", permutation_side=side)
     model, _, runtime = training
     for step in range(TOTAL):
-        train(training, step, step + 1)
+        losses(*training[:2], step, step + 1)
         for trained in runtime.layers:
             if trained.mask is not None:
                 assert not bool((trained.layer.values[trained.mask == 0] != 0).any()), f"step {step}"
@@ -215,7 +203,7 @@ def test_learned_permutations_bring_no_weights_to_outputs_given_up(learned: str,
 def test_a_finished_model_computes_the_same_compiled_saved_and_dense(tmp_path: Path) -> None:
     training = begin("nm:2:4:2", 0.7, dtype=torch.float32)
     model, _, runtime = training
-    train(training, 0, TOTAL)
+    losses(*training[:2], 0, TOTAL)
     lost = [layer.given_up() for layer in runtime.layers]
     assert lost[0].any()
     padst.finalize(model)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import padst_compile as padst
-from padst_compile.testing.training import layers_of, loss_at, small_model
+from padst_compile.testing.training import layers_of, loss_at, losses, small_model
 from padst_compile.training.config import Method, PermutationMethod
 from padst_compile.training.runtime import Runtime
 
@@ -40,18 +40,6 @@ def begin(structure: str, method: Method, learned: PermutationMethod | None) -> 
         check_invariants=True,
     )
     return model, optimizer, padst.attach(model, optimizer, config)
-
-
-def losses(training: Training, first: int, last: int) -> list[float]:
-    model, optimizer, _ = training
-    found = []
-    for step in range(first, last):
-        loss = loss_at(model, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 def saved(training: Training) -> dict[str, Any]:
@@ -85,15 +73,15 @@ CASES: list[tuple[str, Method, PermutationMethod | None]] = [
 def test_resumed_losses_are_those_of_an_unbroken_run(structure: str, method: Method, learned: PermutationMethod | None) -> None:
     """Cut in the middle of an interval and of softness, right before and after an update, and after hardening."""
     whole = begin(structure, method, learned)
-    expected = losses(whole, 0, TOTAL)
+    expected = losses(*whole[:2], 0, TOTAL)
     for cut in (0, 2, 3, 4, 6, HARD_FROM, 9, 13):
         broken = begin(structure, method, learned)
-        assert losses(broken, 0, cut) == expected[:cut]
+        assert losses(*broken[:2], 0, cut) == expected[:cut]
         state = saved(broken)
-        losses(broken, cut, TOTAL)  # goes on, and must not disturb the state
+        losses(*broken[:2], cut, TOTAL)  # goes on, and must not disturb the state
         fresh = begin(structure, method, learned)
         load(fresh, state)
-        assert losses(fresh, cut, TOTAL) == expected[cut:], f"cut at {cut}"
+        assert losses(*fresh[:2], cut, TOTAL) == expected[cut:], f"cut at {cut}"
         assert fresh[2].metrics() | {"update_seconds": 0, "hook_seconds": 0} == whole[2].metrics() | {
             "update_seconds": 0,
             "hook_seconds": 0,
@@ -107,24 +95,24 @@ def test_resumed_losses_are_those_of_an_unbroken_run(structure: str, method: Met
 def test_going_back_in_time(structure: str, method: Method, learned: PermutationMethod | None) -> None:
     """A state loads into the training that it came from, also when permutations have become hard since; kept in memory."""
     training = begin(structure, method, learned)
-    losses(training, 0, 5)
+    losses(*training[:2], 0, 5)
     model, optimizer, runtime = training
     kept = runtime.state_dict()  # not copied: what training frees must stay in it
     soft = [learner["learner"] and learner["learner"].get("soft") for learner in kept["layers"].values()]
     state = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "runtime": kept})
-    expected = losses(training, 5, TOTAL)
+    expected = losses(*training[:2], 5, TOTAL)
     for entry in soft:
         assert not entry or bool(entry["parameter"].isfinite().all())
     load(training, state)
     assert runtime.step == 5
-    assert losses(training, 5, TOTAL) == expected
+    assert losses(*training[:2], 5, TOTAL) == expected
 
 
 def test_a_finished_model_keeps_its_losses() -> None:
     """`finalize` in the middle of softness hardens; after hardening it changes nothing."""
     for cut, exact in ((3, False), (HARD_FROM + 1, True)):
         training = begin("block:4", "rigl", "autoshuffle")
-        losses(training, 0, cut)
+        losses(*training[:2], 0, cut)
         report = padst.permutation_report(training[2])
         assert report.hardened == (2 if exact else 0)
         before = loss_at(training[0], 99).item()

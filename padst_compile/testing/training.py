@@ -49,3 +49,15 @@ def loss_at(model: nn.Module, step: int) -> torch.Tensor:
     """The loss of a small model on the batch of a step."""
     x, classes = batch(step, next(model.parameters()).dtype)
     return F.cross_entropy(model(x), classes)
+
+
+def losses(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[float]:
+    """Trains from step `first` to before `last`, and returns the loss of each."""
+    found = []
+    for step in range(first, last):
+        loss = loss_at(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
