@@ -39,6 +39,9 @@ SCENARIOS = (
     "tensor parallel",
     "fsdp and others",
     "hsdp block rigl",
+    "fsdp accumulates",
+    "fsdp accumulates in another dtype",
+    "hsdp accumulates without all-reduce",
 )
 
 

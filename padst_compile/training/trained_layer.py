@@ -40,8 +40,8 @@ class TrainedLayer:
     def __post_init__(self) -> None:
         self.alive: torch.Tensor | None = None  # bool [pools, units]: not yet pruned; None where nothing is pruned
         self.mask: torch.Tensor | None = None  # the same, where the values are
-        self._held = held = self.layer.values  # the optimizer's; FSDP2 shows another one while it has gathered it
-        self.passes = Passes(lambda: (held, self.layer.values))
+        self._held = self.layer.values  # the optimizer's; FSDP2 shows another one while it has gathered it
+        self.passes = Passes(self._held, lambda: self.layer.values)
         permutation = self.layer.permutation
         self.start = None if permutation is None else permutation.cpu().clone()  # where the training began
         self._visited = np.packbits(self.active().cpu().numpy())

@@ -298,6 +298,44 @@ def replicated_shards(model: nn.Module) -> nn.Module:
     return model
 
 
+def sharded_wide(model: nn.Module) -> nn.Module:
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64))
+    return model
+
+
+def accumulate(wrap: Wrap, communicate: str) -> None:
+    """Growth counts micro-batches whose gradients FSDP2 keeps to itself until the last one, and none that were dropped.
+
+    Weights stay as they are but for the topology, so that rounding in other orders decides nothing.
+    """
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    alone = make_model("block:8", 0.6, "none", "input")
+    model: Any = wrap(copy.deepcopy(alone))
+    config = padst.DSTConfig(interval=1, total_steps=9, end=1.0, check_invariants=True)
+    optimizer, reference = (torch.optim.SGD(each.parameters(), lr=0.0) for each in (model, alone))
+    runtime = padst.attach(model, optimizer, config)
+    reference_runtime = padst.attach(alone, reference, config, process_group=solo())
+    before = digest(topology(model))
+    for step in range(3):
+        for part in range(3):
+            getattr(model, communicate)(part == 2)
+            inputs, targets = batch(10 * step + part, rank)
+            cross_entropy(model(inputs), targets).backward()
+            for other in range(world):
+                inputs, targets = batch(10 * step + part, other)
+                (cross_entropy(alone(inputs), targets) / world).backward()
+        if step != 1:  # that one's gradients are dropped
+            optimizer.step()
+            reference.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+        assert digest(topology(model)) == digest(topology(alone)), f"step {step + 1}: not what one process computes"
+    assert (runtime.updates, reference_runtime.updates) == (2, 2), f"{runtime.updates} updates, {runtime.skipped} skipped"
+    assert digest(topology(model)) != before, "no update changed anything"
+    padst.finalize(model)
+    padst.finalize(alone)
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "ddp block rigl": lambda: train(data_parallel, "block:8", 0.6, "rigl"),
     "ddp nm rigl regroup": lambda: train(data_parallel, "nm:1:4", None, "rigl", "regroup"),
@@ -322,6 +360,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "tensor parallel": tensor_parallel,
     "fsdp and others": fsdp_and_others,
     "hsdp block rigl": lambda: train(replicated_shards, "block:8", 0.6, "rigl"),
+    "fsdp accumulates": lambda: accumulate(sharded, "set_requires_gradient_sync"),
+    "fsdp accumulates in another dtype": lambda: accumulate(sharded_wide, "set_requires_gradient_sync"),
+    "hsdp accumulates without all-reduce": lambda: accumulate(replicated_shards, "set_requires_all_reduce"),
 }
 
 
