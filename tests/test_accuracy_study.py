@@ -24,7 +24,7 @@ sys.path.insert(0, str(FOLDER))
 
 from cell_run import train_cell  # type: ignore[import-not-found]  # noqa: E402  # beside the scripts
 from curves import at_time, read_curves  # type: ignore[import-not-found]  # noqa: E402
-from grid import TASKS, cells, methods  # type: ignore[import-not-found]  # noqa: E402
+from grid import TASKS, cells, decides, methods  # type: ignore[import-not-found]  # noqa: E402
 from report import write_report  # type: ignore[import-not-found]  # noqa: E402
 from statistics_of_seeds import estimate, paired, separates  # type: ignore[import-not-found]  # noqa: E402
 from values import control_of, equal_time  # type: ignore[import-not-found]  # noqa: E402
@@ -41,7 +41,20 @@ def test_every_cell_is_a_training_run_of_its_own(size: str) -> None:
         spec = config.final_sparsity
         assert (spec is None) == (cell.method.name == "dense")
         assert spec is None or spec.sparsity == pytest.approx(cell.sparsity)
-    assert {cell.method.name for cell in found} == {method.name for method in methods()}
+    everywhere = methods() if size != "cpu" else filter(decides, methods())
+    on_first_task = {cell.method.name for cell in found if cell.task is TASKS[size][0] and cell.sparsity == 0.9}
+    fixed = {method.name for method in methods() if method.fixed not in (None, 0.9)}
+    assert on_first_task == {method.name for method in methods()} - fixed
+    assert {cell.method.name for cell in found} == on_first_task | {method.name for method in everywhere}
+
+
+def test_the_methods_of_every_task_have_their_controls() -> None:
+    deciding = {method.name for method in methods() if decides(method)}
+    assert {"dense", "set", "block:16 static", "block:16 regroup", "diagonal regroup", "nm:1:20 regroup"} <= deciding
+    for name in deciding:
+        assert control_of(name, dict.fromkeys(deciding)) == control_of(name, dict.fromkeys(m.name for m in methods())) or (
+            name.endswith(" none")  # whose control is a fixed topology, which the first task has
+        )
 
 
 def test_an_interval_is_that_of_students_t() -> None:
@@ -207,13 +220,14 @@ def test_long_curves_are_thinned_and_end_where_the_run_did(tmp_path: Path) -> No
     folder = RunFolder(tmp_path)
     for step in range(1, 1002):
         folder.metrics.append({"step": step, "loss": 1 / step, "penalty": 0.0})
-        folder.timing.append({"step": step, "seconds": step / 10})
+        folder.timing.append({"step": step, "seconds": step / 10, "processor_seconds": step / 20})
     folder.metrics.append({"step": 1001, "validation_loss": 0.5, "validation_accuracy": 0.25})
     found = read_curves(folder, "accuracy")
     assert 40 <= len(found["logged"]["step"]) <= 81
     assert found["logged"]["step"][-1] == 1001
     assert "penalty" not in found["logged"]  # there were no soft permutations
     assert found["validated"] == {"step": [1001.0], "seconds": [100.1], "value": [0.25]}
+    assert read_curves(folder, "accuracy", "processor_seconds")["validated"]["seconds"] == [50.05]
 
 
 @pytest.mark.slow

@@ -15,18 +15,19 @@ _DIGITS = 5
 Curves = dict[str, dict[str, list[float]]]
 
 
-def read_curves(folder: RunFolder, metric: str) -> Curves:
+def read_curves(folder: RunFolder, metric: str, clock: str = "seconds") -> Curves:
     """What a run wrote while it trained, finished or not.
 
     Args:
         folder: of the run.
         metric: of validation: "loss" or "accuracy".
+        clock: which of a run's times count as seconds: "seconds" by the wall, or "processor_seconds".
 
     Returns:
         "logged" with lists of "step", "seconds" and those of `LOGGED` that were ever other than zero, at most some eighty
         points; "validated" with "step", "seconds" and "value".
     """
-    seconds = {row["step"]: row["seconds"] for row in folder.timing.read()}
+    seconds = {row["step"]: row[clock] for row in folder.timing.read()}
     rows = [{**row, "seconds": seconds[row["step"]]} for row in folder.metrics.read() if row["step"] in seconds]
     logged = [row for row in rows if "loss" in row]
     thinned = [row for place, row in enumerate(reversed(logged)) if place % (len(logged) // _POINTS + 1) == 0][::-1]

@@ -15,14 +15,18 @@ from padst_compile.recipes.session import Session
 
 
 class _Clock:
-    """Seconds of training, those before an interruption included."""
+    """Seconds of training, and those of processor time in it; those before an interruption included."""
 
-    def __init__(self, before: float) -> None:
-        self._before, self._began = before, time.perf_counter()
+    def __init__(self, seconds: float, processor_seconds: float) -> None:
+        self._began = time.perf_counter() - seconds
+        self._processor_began = time.process_time() - processor_seconds
 
     @property
     def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
+        return time.perf_counter() - self._began
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "processor_seconds": time.process_time() - self._processor_began}
 
 
 def train(session: Session, folder: RunFolder, reporter: Reporter) -> float:
@@ -74,14 +78,14 @@ def _finite(loss: torch.Tensor, session: Session, folder: RunFolder) -> float:
 def _log(session: Session, folder: RunFolder, clock: _Clock, loss: float) -> dict[str, float]:
     found = {"loss": loss, **session.metrics()}
     folder.metrics.append({"step": session.step, **found})
-    folder.timing.append({"step": session.step, "seconds": clock.seconds, **session.times()})
+    folder.timing.append({"step": session.step, **clock.read(), **session.times()})
     return found
 
 
 def _save(session: Session, folder: RunFolder, clock: _Clock) -> None:
     folder.metrics.flush()  # no checkpoint is ahead of the rows before it
     folder.timing.flush()
-    save_checkpoint(folder.checkpoint, {**session.state_dict(), "seconds": clock.seconds})
+    save_checkpoint(folder.checkpoint, {**session.state_dict(), **clock.read()})
 
 
 def _resume(session: Session, folder: RunFolder, reporter: Reporter) -> _Clock:
@@ -91,4 +95,5 @@ def _resume(session: Session, folder: RunFolder, reporter: Reporter) -> _Clock:
         reporter.say(f"continuing at step {session.step} of {session.config.steps}")
     for rows in (folder.metrics, folder.timing):
         rows.keep_until(session.step)
-    return _Clock(0.0 if state is None else state["seconds"])
+    known = state or {}
+    return _Clock(known.get("seconds", 0.0), known.get("processor_seconds", 0.0))
