@@ -301,7 +301,7 @@ def test_a_training_that_is_given_up_leaves_nothing_behind(learned: str) -> None
         model = permuted()
         optimizer = sgd(model)
         method = padst.LearnedPermutation(method=learned, interval=1)  # type: ignore[arg-type]  # a method
-        padst.attach(model, optimizer, config(interval=1, permutation=method))
+        padst.attach(model, optimizer, config(interval=2, permutation=method))
         train(model, optimizer, range(1))
         assert len(gradient_tap._listeners) > listeners
         return weakref.ref(model[0])

@@ -387,7 +387,7 @@ def test_nobody_listens_after_finalize(learned: str) -> None:
     model = small_model(permutation="learned")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     learning = padst.LearnedPermutation(method=learned, interval=1, deadline=1.0)
-    padst.attach(model, optimizer, padst.DSTConfig(interval=1, total_steps=20, permutation=learning))
+    padst.attach(model, optimizer, padst.DSTConfig(interval=2, total_steps=20, permutation=learning))
     assert len(gradient_tap._listeners) > before
     padst.finalize(model)
     assert len(gradient_tap._listeners) == before

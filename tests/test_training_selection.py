@@ -18,7 +18,7 @@ from padst_compile.testing.strategies import PackedWeight, packed_weights
 from padst_compile.training.collector import UnitScores, unit_scores
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.rearrange import change_topology, companions, reorder_features
-from padst_compile.training.schedule import acting_steps, fraction_at, is_due, sparsity_at
+from padst_compile.training.schedule import fraction_at, is_due, sparsity_at
 from padst_compile.training.selection import exchange, rank, smallest
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -86,22 +86,6 @@ def test_offsets_spread_updates_over_the_interval(interval: int, offset: int) ->
     assert due[0] >= interval
     assert all(step % interval == offset % interval for step in due)
     assert {b - a for a, b in itertools.pairwise(due)} == {interval}
-
-
-@given(st.integers(2, 12), st.integers(0, 11))
-def test_learners_with_the_interval_of_the_topology_act_between_its_updates(interval: int, offset: int) -> None:
-    settings = DSTConfig(interval=interval, total_steps=5 * interval, end=1.0)
-    acting = acting_steps(interval, offset % interval, 5 * interval)
-    due = [step for step in range(5 * interval + 1) if is_due(step, settings, offset % interval)]
-    assert not set(acting) & set(due)
-    assert all(any(before < step < after for step in acting) for before, after in itertools.pairwise(due))
-    assert acting.start >= 1
-
-
-def test_the_steps_of_learners() -> None:
-    assert list(acting_steps(1, 0, 4)) == [1, 2, 3, 4]
-    assert list(acting_steps(10, 3, 30)) == [8, 18, 28]
-    assert not acting_steps(10, 0, 4)
 
 
 def test_the_fraction_falls_along_a_cosine() -> None:

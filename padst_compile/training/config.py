@@ -28,7 +28,8 @@ class LearnedPermutation:
         warmup: fraction of `total_steps` over which λ rises.
         deadline: fraction of `total_steps` after which every permutation becomes hard.
         interval: steps between updates of sinkhorn_ste and regroup, which come halfway through it; None takes that of the
-            topology, with whose updates they then alternate. Where both fall on one step the topology comes first.
+            topology, with whose updates they then alternate. Where both would fall on one step, features move at the next one
+            without an update: what grows does so for the order of its gradients.
         group: features that may change places with each other under sinkhorn_ste.
         fraction: of the features that regroup may move at first; it falls as the topology's does.
         gain: least relative gain for which regroup moves a feature.

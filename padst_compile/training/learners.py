@@ -14,6 +14,7 @@ from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT
 from padst_compile.layers import SoftPermutation
 from padst_compile.permutation_search.units import PlaceUnits, place_units
+from padst_compile.training.acting_steps import ActingSteps
 from padst_compile.training.collector import Reducer, Sum
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import PermutationLearner
@@ -24,7 +25,6 @@ from padst_compile.training.permutations.blocks import split
 from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
 from padst_compile.training.rearrange import reorder_features
-from padst_compile.training.schedule import acting_steps
 from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -85,14 +85,17 @@ def _make_learner(trained: TrainedLayer, config: DSTConfig, method: LearnedPermu
             return None if bool((_sets(trained) < 0).all()) else RegroupLearner(trained, config, method)
 
 
-def _acting_steps(trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation, last: int, end: str) -> range:
-    """The steps at which a learner with an interval acts, `last` at the latest, which `end` decides."""
-    interval = method.interval or config.interval
-    acting = acting_steps(interval, trained.offset, last)
-    if not acting:
+def _acting_steps(
+    layers: Sequence[TrainedLayer], config: DSTConfig, method: LearnedPermutation, last: int, end: str
+) -> ActingSteps:
+    """The steps at which a learner with an interval acts on these layers, `last` at the latest, which `end` decides."""
+    interval, first = method.interval or config.interval, layers[0]
+    acting = ActingSteps(interval, first.offset, last, config, tuple({trained.offset for trained in layers}))
+    if next(iter(acting), None) is None:
         raise AttachError(
-            f"the permutation of layer {trained.name!r} would never learn: {method.method!r} first acts at step {acting.start} "
-            f"and {end} ends it at step {last}; give LearnedPermutation a shorter interval than {interval}, or a later end"
+            f"the permutation of layer {first.name!r} would never learn: {method.method!r} first acts at step {acting.first}, "
+            f"or the next one without a topology update, and {end} ends it at step {last}; give LearnedPermutation a shorter "
+            f"interval than {interval}, a later end, or the topology a longer interval than {config.interval}"
         )
     return acting
 
@@ -290,13 +293,13 @@ class SinkhornLearner:
         assert config.total_steps is not None
         self.trained = trained
         deadline = int(method.deadline * config.total_steps)
-        self._acting = _acting_steps(trained, config, method, deadline, "deadline")
+        self._acting = _acting_steps((trained, *followers), config, method, deadline, "deadline")
         size, exchanges = start.numel(), trained.exchanges
         places = [torch.arange(size)] if exchanges is None else exchanges.sets
         self._learner = SinkhornSTE(
             start,
             split(places, size, method.group, trained.name),
-            updates=len(self._acting),
+            updates=sum(1 for _ in self._acting),
             learning_rate=_SINKHORN_RATE * method.learning_rate,
             owner=trained.name,
         )
@@ -408,7 +411,7 @@ class RegroupLearner:
 
     def __init__(self, trained: TrainedLayer, config: DSTConfig, method: LearnedPermutation) -> None:
         self.trained, self.config, self.method = trained, config, method
-        self._acting = _acting_steps(trained, config, method, config.last_update, "DSTConfig.end")
+        self._acting = _acting_steps((trained,), config, method, config.last_update, "DSTConfig.end")
         self._gradient: _LineScores | None = None
         self._units()  # refuses structures that it cannot help
 

@@ -20,20 +20,6 @@ def is_due(step: int, config: DSTConfig, offset: int = 0) -> bool:
     return step >= config.interval and (step - offset) % config.interval == 0
 
 
-def acting_steps(interval: int, offset: int, last: int) -> range:
-    """When a learner of permutations acts that does so every so many steps: halfway through each interval.
-
-    With the interval of the topology, learner and updates alternate: what has grown meets the order that it grew for, and
-    weights have settled under a new order before others grow.
-
-    Args:
-        interval: of the learner.
-        offset: steps by which the layer comes later than others.
-        last: the last step that may act.
-    """
-    return range((interval // 2 + offset) % interval or interval, last + 1, interval)
-
-
 def fraction_at(step: int, config: DSTConfig) -> float:
     """The fraction of active units to replace: cosine from `fraction` to 0 at the end (Evci et al. 2020, section 3)."""
     return config.fraction / 2 * (1 + math.cos(math.pi * min(1.0, step / max(1, config.last_update))))
