@@ -408,4 +408,5 @@ def test_the_total_of_a_unit_is_the_sum_of_its_scores(case: PackedWeight) -> Non
     rows = torch.randperm(size[0])[: 1 + size[0] // 3]
     known = torch.zeros(size, dtype=torch.float64)
     known[rows] = scores[rows]
-    assert torch.equal(case.structure.unit_totals_of_rows(scores[rows], rows, size[0]), case.structure.unit_totals(known))
+    part = case.structure.unit_totals_of_rows(scores[rows], rows, size[0])
+    assert torch.equal(case.structure.grid_of_rows(part, rows, case.shape), case.structure.unit_totals(known))

@@ -13,7 +13,7 @@ import padst_compile as padst
 from padst_compile import permutation
 from padst_compile.kernels import gradient_tap
 from padst_compile.structures import Structure
-from padst_compile.testing.training import STRUCTURES, batch, layers_of, loss_at, small_model
+from padst_compile.testing.training import STRUCTURES, layers_of, loss_at, small_model
 from padst_compile.training.collector import DenseGradient
 from padst_compile.training.config import UnitScore
 from padst_compile.training.schedule import fraction_at
@@ -102,28 +102,34 @@ def test_permutations_are_learned_from_all_rows(learned: padst.training.config.P
     assert not all(permutation.is_identity(found) for found in permutations[0]), "nothing was learned"  # type: ignore[arg-type]  # tensors
 
 
-@pytest.mark.parametrize("structure", ["block:4", "nm:1:4"])
-def test_only_sampled_rows_take_memory(structure: str) -> None:
+class Largest(TorchDispatchMode):
+    """Watches how many numbers the largest tensor has that comes into being."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_only_sampled_rows_take_memory(structure: str, dense: bool) -> None:
+    """While gradients arrive, as operands or, from a layer that runs dense, as they are; and until the update."""
     model = small_model(structure)
     config = padst.DSTConfig(interval=1, total_steps=9, gradient_rows=0.25, staggered=False)
     padst.attach(model, torch.optim.SGD(model.parameters()), config)
-    layer = layers_of(model)[0]
-    listener = gradient_tap.listener_of(layer.topology)
-    assert listener is not None
-
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.numbers = max(self.numbers, result.numel())
-            return result
-
-    x, _ = batch(0)
-    grad = torch.randn(x.shape[0], layer.out_features, dtype=x.dtype)
-    units = layer.config.structure.active_units(layer.topology, layer.config.shape).numel()
-    with Largest() as largest:
-        listener.products(grad, x)
-    assert largest.numbers <= max(layer.config.shape.numel // 4, units, grad.numel())
-    assert structure != "block:4" or largest.numbers < layer.config.shape.numel
+    for layer in layers_of(model):
+        listener = gradient_tap.listener_of(layer.topology)
+        assert isinstance(listener, DenseGradient)
+        grad, x = torch.randn(4, layer.out_features), torch.randn(4, layer.in_features)
+        whole = grad.T @ x
+        with Largest() as largest:
+            if dense:
+                listener.weight(whole)
+            else:
+                listener.products(grad, x)
+        assert listener.sampled is not None and listener.sampled.total is not None
+        assert max(largest.numbers, listener.sampled.total.numel()) <= layer.config.shape.numel // 4

@@ -74,7 +74,10 @@ class Structure(abc.ABC):
         raise NoUnitsError(self.kind)
 
     def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
-        """`unit_totals` of scores that are known of some output rows, and zero in the others.
+        """`unit_totals` of scores that are known of some output rows, and zero in the others, for `grid_of_rows`.
+
+        By default they are the grid. A structure with units of few rows leaves out those without any of `rows`, so that what
+        is collected takes no more memory than its sample.
 
         Args:
             scores: `[rows, in]`.
@@ -84,6 +87,10 @@ class Structure(abc.ABC):
         whole = scores.new_zeros(out_features, scores.shape[1])
         whole[rows] = scores
         return self.unit_totals(whole)
+
+    def grid_of_rows(self, totals: torch.Tensor, rows: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """All units, `[pools, units]`, from what `unit_totals_of_rows` gave for the same rows; zero where it left them out."""
+        return totals
 
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """Which units are active, bool `[pools, units]`."""

@@ -10,7 +10,7 @@ import torch
 from padst_compile.errors import StructureMismatchError
 from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, require_positive
 
-_DIAGONALS_AT_ONCE = 64
+_DIAGONALS_AT_ONCE = _ROWS_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,17 @@ class Diagonal(Structure):
         # In parts, because the positions of all diagonals take four times the memory of the scores.
         totals = torch.cat([self.pack(scores, (part,)).sum(1) for part in offsets.split(_DIAGONALS_AT_ONCE)])
         return totals.reshape(-1, self.classes(shape)).sum(0, keepdim=True)
+
+    def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
+        """See `Structure.unit_totals_of_rows`: all of them, which are few."""
+        shape = Shape(out_features, scores.shape[1])
+        period, classes = _sizes(shape)[1], self.classes(shape)
+        columns = torch.arange(shape.in_features, device=scores.device)
+        totals = scores.new_zeros(classes)
+        for part, own in zip(scores.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
+            ahead = columns - own[:, None] if shape.in_features >= out_features else own[:, None] - columns
+            totals.index_add_(0, (ahead % period % classes).flatten(), part.flatten())
+        return totals[None]
 
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """See `Structure.active_units`."""

@@ -76,11 +76,19 @@ class NM(Structure):
         return self._inside(self._groups(scores).sum(1), scores.shape[1])
 
     def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
-        """See `Structure.unit_totals_of_rows`; takes no more memory than the totals."""
-        row_groups, input_groups = self.groups(Shape(out_features, scores.shape[1]))
+        """See `Structure.unit_totals_of_rows`: of the row groups that have any of the rows, `[groups, m]` in their order."""
+        input_groups = self.groups(Shape(out_features, scores.shape[1]))[1]
+        groups, owners = (rows // self.vector).unique(return_inverse=True)
         known = padded(scores, scores.shape[0], input_groups * self.m).reshape(-1, input_groups, self.m)
-        totals = scores.new_zeros(row_groups, input_groups, self.m).index_add_(0, rows // self.vector, known)
+        totals = scores.new_zeros(len(groups), input_groups, self.m).index_add_(0, owners, known)
         return self._inside(totals, scores.shape[1])
+
+    def grid_of_rows(self, totals: torch.Tensor, rows: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """See `Structure.grid_of_rows`."""
+        row_groups, input_groups = self.groups(shape)
+        whole = totals.new_zeros(row_groups, input_groups, self.m)
+        whole[(rows // self.vector).unique()] = totals.reshape(-1, input_groups, self.m)
+        return self._inside(whole, shape.in_features)
 
     def _inside(self, totals: torch.Tensor, in_features: int) -> torch.Tensor:
         """Totals `[row groups, input groups, m]` as a grid of units, -inf behind the last input feature; changes them."""

@@ -29,6 +29,16 @@ class Unstructured(Structure):
         """See `Structure.unit_totals`: every weight is a unit."""
         return scores.reshape(1, -1)
 
+    def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
+        """See `Structure.unit_totals_of_rows`: the scores themselves."""
+        return scores
+
+    def grid_of_rows(self, totals: torch.Tensor, rows: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """See `Structure.grid_of_rows`."""
+        whole = totals.new_zeros(shape.out_features, shape.in_features)
+        whole[rows] = totals
+        return whole.reshape(1, -1)
+
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
         """See `Structure.active_units`."""
         return topology[0].reshape(1, -1).clone()  # not a view: topologies change in place

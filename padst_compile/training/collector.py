@@ -86,17 +86,19 @@ class DenseGradient:
         with torch.no_grad():
             if self.sampled is None or self.magnitudes or self.signed:
                 self._hand_on(gradient_tap.product(grad, x, rows, columns))
-                return
-            wanted = self.sampled.rows if rows is None else rows[self.sampled.rows]
-            part = gradient_tap.product(grad, x, wanted, columns)
-            if self._is_finite(part):
-                self.sampled.add_rows(part.abs_())
+            else:
+                wanted = self.sampled.rows if rows is None else rows[self.sampled.rows]
+                self._hand_rows_on(self.sampled, gradient_tap.product(grad, x, wanted, columns))
 
     def weight(self, gradient: torch.Tensor) -> None:
         """See `GradientListener.weight`."""
-        if self._wanted():
-            with torch.no_grad():
+        if not self._wanted():
+            return
+        with torch.no_grad():
+            if self.sampled is None or self.magnitudes or self.signed:
                 self._hand_on(gradient.to(torch.float32, copy=True))
+            else:
+                self._hand_rows_on(self.sampled, gradient[self.sampled.rows].float())
 
     def clear(self) -> None:
         """See `Restartable.clear`."""
@@ -130,6 +132,11 @@ class DenseGradient:
         if self.sampled is not None:
             self.sampled.add(gradient)
 
+    def _hand_rows_on(self, sampled: SampledScores, part: torch.Tensor) -> None:
+        """`part` `[rows, in]` is ours to overwrite."""
+        if self._is_finite(part):
+            sampled.add_rows(part.abs_())
+
     def _is_finite(self, gradient: torch.Tensor) -> bool:
         finite = bool(gradient.sum().isfinite())
         self.poisoned += not finite
@@ -137,7 +144,7 @@ class DenseGradient:
 
 
 class UnitScores(Sum):
-    """Adds up the norms of a layer's units: `total`, float32 `[pools, units]`."""
+    """Adds up the norms of a layer's units: `total`, float32 `[pools, units]`, or what `estimate` makes that of."""
 
     def __init__(self, structure: Structure, score: UnitScore) -> None:
         super().__init__()
@@ -155,6 +162,8 @@ class UnitScores(Sum):
 
 class SampledScores(UnitScores):
     """The same from a sample of the output rows, which estimates it (Grass, Muhamed et al. 2024).
+
+    What is added up is of units with any of these rows alone, or of all where a unit is large (`Structure.grid_of_rows`).
 
     Args:
         structure: of the layer.
@@ -183,10 +192,11 @@ class SampledScores(UnitScores):
 
     def estimate(self) -> torch.Tensor:
         """See `UnitScores.estimate`: as if the weights of a unit were all like those in the sample."""
-        total, columns = super().estimate(), self.shape.in_features
-        sizes = self.structure.unit_totals(torch.ones(self.shape.out_features, columns, device=total.device))
-        ones = torch.ones(len(self.rows), columns, device=total.device)
-        seen = self.structure.unit_totals_of_rows(ones, self.rows, self.shape.out_features)
+        totals, columns = super().estimate(), self.shape.in_features
+        sizes = self.structure.unit_totals(torch.ones(self.shape.out_features, columns, device=totals.device))
+        ones = torch.ones(len(self.rows), columns, device=totals.device)
+        counts = self.structure.unit_totals_of_rows(ones, self.rows, self.shape.out_features)
+        total, seen = (self.structure.grid_of_rows(each, self.rows, self.shape) for each in (totals, counts))
         return torch.where(seen > 0, total * _norm(sizes / seen, self.score), -torch.inf)
 
 

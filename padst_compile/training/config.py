@@ -77,7 +77,8 @@ class DSTConfig:
         score: of a unit, from its weights or gradients: their `"l1"` or `"l2"` norm.
         mest_weight: λ of mest.
         gradient_rows: fraction of the output rows, drawn anew for each update, from which rigl estimates gradients (Grass,
-            Muhamed et al. 2024). Units without any of them stay as they are at that update.
+            Muhamed et al. 2024). Units without any of them stay as they are at that update. Gradients and scores of the others
+            take no memory before it, unless a permutation learns from the same backward passes.
         ablation: gamma of SRigL: with rigl, outputs of N:M layers of which less than this fraction is salient are given up.
         final_sparsity: of magnitude and dynadiag, reached at `end`.
         permutation: how permutations are learned; None leaves them as they are.
