@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from padst_compile.conversion import sparse_layers
 from padst_compile.recipes.models import image_model, language_model
 from padst_compile.recipes.run_folder import RunFolder
 from padst_compile.recipes.session import Session
 from padst_compile.recipes.tasks import make_task
+from padst_compile.recipes.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks" / "accuracy"
@@ -35,7 +37,8 @@ def test_every_cell_is_a_training_run_of_its_own(size: str) -> None:
     found = list(cells(size, seeds=2))
     assert len({cell.name for cell in found}) == len(found)
     configs = [cell.config({"images": "i", "text": "t"}, 1, "cpu") for cell in found]
-    assert len({json.dumps(config.to_dict(), sort_keys=True) for config in configs}) == len(found)
+    runs = {(json.dumps(config.to_dict(), sort_keys=True), cell.source) for cell, config in zip(found, configs, strict=True)}
+    assert len(runs) == len(found)
     for cell, config in zip(found, configs, strict=True):
         assert config.seed == cell.seed
         spec = config.final_sparsity
@@ -214,6 +217,20 @@ def test_srigl_learns_permutations(tmp_path: Path, text: Path) -> None:
     assert logged["hardened"][0] == 0
     assert logged["hardened"][-1] > 0
     assert found["curves"]["validated"]["value"] == [pytest.approx(found["value"], rel=1e-4)]
+
+
+def test_learned_permutations_are_replayed_from_the_beginning(tmp_path: Path, text: Path) -> None:
+    learning, replaying = cell_of("block:16 autoshuffle"), cell_of("block:16 replayed autoshuffle")
+    rows = [
+        train_cell(cell, cell.config({"text": str(text)}, 1, "cpu"), tmp_path / cell.name) for cell in (learning, replaying)
+    ]
+    assert all(found["compiled_agrees"] for found in rows)
+    learned, replayed = (
+        [layer.permutation for _, layer in sparse_layers(load_trained(tmp_path / cell.name))] for cell in (learning, replaying)
+    )
+    drawn = Session(replaying.config({"text": str(text)}, 1, "cpu"), make_task(replaying.config({"text": str(text)}, 1, "cpu")))
+    assert all(torch.equal(a, b) for a, b in zip(learned, replayed, strict=True))
+    assert not all(torch.equal(a, b.permutation) for a, (_, b) in zip(learned, sparse_layers(drawn.model), strict=True))
 
 
 def test_long_curves_are_thinned_and_end_where_the_run_did(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from padst_compile.recipes import TrainConfig
-from padst_compile.recipes.shorthand import SparseTraining
+from padst_compile.recipes.shorthand import LEARNED, SparseTraining
 
 SPARSITIES = (0.8, 0.9, 0.95)
 UPDATES = 40  # of the topology, if they went on to the end
@@ -40,11 +40,13 @@ class Method:
         name: of the row in the report.
         training: in the short names of `padst train`, without sparsity.
         fixed: the sparsity that its structure fixes; None where any goes.
+        replays: another method, whose learned permutations this one begins with and keeps.
     """
 
     name: str
     training: SparseTraining
     fixed: float | None = None
+    replays: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,15 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.task.name}/{self.method.name.replace(':', '-')}/{self.sparsity:g}/{self.seed}"
+        return self._name_with(self.method.name)
+
+    @property
+    def source(self) -> str | None:
+        """The name of the cell whose permutations this one keeps."""
+        return None if self.method.replays is None else self._name_with(self.method.replays)
+
+    def _name_with(self, method: str) -> str:
+        return f"{self.task.name}/{method.replace(':', '-')}/{self.sparsity:g}/{self.seed}"
 
     def config(self, data: dict[str, str], threads: int | None, device: str) -> TrainConfig:
         """What `recipes.run` takes.
@@ -138,6 +148,7 @@ def methods() -> Iterator[Method]:
             yield Method(f"{structure} {permutation} early", training)
     for plain, fixed in PLAIN_N_OF_M.items():
         yield from _n_of_m(plain, fixed)
+    yield from _why("block:16")
 
 
 def _n_of_m(plain: str, fixed: float) -> Iterator[Method]:
@@ -149,6 +160,22 @@ def _n_of_m(plain: str, fixed: float) -> Iterator[Method]:
     for permutation in _PERMUTATIONS:
         training = SparseTraining(structure=plain, permutation=permutation, ablation=0.3)
         yield Method(f"{plain.replace('nm', 'srigl')} {permutation}", training, fixed)
+
+
+def _why(structure: str) -> Iterator[Method]:
+    """What tells why learned permutations do as they do: their result from the beginning, and other ways to find it."""
+    for permutation in LEARNED:
+        training = SparseTraining(structure=structure, permutation="random")
+        yield Method(f"{structure} replayed {permutation}", training, replays=f"{structure} {permutation}")
+    early = SparseTraining(structure=structure, permutation="autoshuffle", deadline=0.1)
+    for words, change in {
+        "weak penalty": {"penalty_weight": 0.1},
+        "strong penalty": {"penalty_weight": 10.0},
+        "slow": {"permutation_lr": 0.1},
+        "fast": {"permutation_lr": 10.0},
+        "settled topology": {"end": 0.1},
+    }.items():
+        yield Method(f"{structure} autoshuffle early, {words}", dataclasses.replace(early, **change))
 
 
 def _in_small_grid(task: Task, method: Method, sparsity: float) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from padst_compile.errors import MissingPackageError, RunFolderError
 from padst_compile.recipes.config import TrainConfig
@@ -21,7 +22,12 @@ from padst_compile.recipes.tasks import make_task
 from padst_compile.recipes.trained import load_weights, save_trained
 
 
-def run(config: TrainConfig, path: str | Path, reporter: Reporter | None = None) -> Result:
+def run(
+    config: TrainConfig,
+    path: str | Path,
+    reporter: Reporter | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> Result:
     """Train a model, or go on where an earlier call was interrupted, and keep everything in a folder.
 
     The same call with the same folder continues from the last checkpoint, at whatever moment the process before was killed,
@@ -31,6 +37,8 @@ def run(config: TrainConfig, path: str | Path, reporter: Reporter | None = None)
         config: of the run.
         path: its folder, see `RunFolder`; made where it is missing.
         reporter: hears of the progress.
+        prepare: is given the sparse model with its random weights, on the CPU, and may change its tensors (to begin with
+            other weights or permutations). The folder does not know of it: give the same again when a run goes on.
 
     Raises:
         PadstError: something about the configuration, the data, the model, the folder or the training is wrong; what the
@@ -43,7 +51,7 @@ def run(config: TrainConfig, path: str | Path, reporter: Reporter | None = None)
             return read_result(folder)
         reporter.say(f"reading {config.data}")
         task = make_task(config)
-        session = Session(config, task)
+        session = Session(config, task, prepare)
         folder.keep_config(config)
         seconds = train(session, folder, reporter)
         save_trained(session.finish(), config, task.data, folder)

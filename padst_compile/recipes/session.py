@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Session:
     Args:
         config: of the run.
         task: its data and model.
+        prepare: changes tensors of the sparse model before anything else has seen it.
 
     Attributes:
         step: optimizer steps taken so far.
@@ -40,10 +41,13 @@ class Session:
         PadstError: the model cannot be built or sparsified as asked, or there is no such device.
     """
 
-    def __init__(self, config: TrainConfig, task: Task) -> None:
+    def __init__(self, config: TrainConfig, task: Task, prepare: Callable[[nn.Module], None] | None = None) -> None:
         self.config, self.data = config, task.data
         self.device = find_device(config.device)
-        self.model = build_sparse(task, config.sparsity).to(self.device).train()
+        model = build_sparse(task, config.sparsity)
+        if prepare is not None:
+            prepare(model)
+        self.model = model.to(self.device).train()
         self.optimizer = make_optimizer(self.model, config)
         self.runtime = _attach(self.model, self.optimizer, config)
         self.step = 0
