@@ -95,6 +95,11 @@ def tile_arguments(structure: Structure, kernel: SparseKernel, tokens: int) -> d
     return {"token_tile": tokens} if tokens and kernel == "native" and isinstance(structure, Block) else {}
 
 
+def row_arguments(kernel: SparseKernel, *, equal_rows: bool) -> dict[str, Any]:
+    """The keyword arguments that tell an op of blocks that every block row holds equally many; Triton's makes use of it."""
+    return {"equal_rows": True} if equal_rows and kernel == "triton" else {}
+
+
 def folds_into_blocks(structure: Structure, shape: Shape, device: torch.device, dtype: torch.dtype) -> TypeGuard[Diagonal]:
     """Whether a layer's diagonals are blocks, large enough for a kernel that multiplies blocks."""
     if not isinstance(structure, Diagonal) or structure.group < _SMALLEST_BLOCK:
@@ -132,8 +137,10 @@ def forward(
     input_permutation: torch.Tensor | None,
     output_permutation: torch.Tensor | None,
     out_features: int,
+    *,
+    equal_rows: bool = False,
 ) -> torch.Tensor:
-    """`padst::structured_linear`, see there."""
+    """`padst::structured_linear`, see there; `equal_rows` says that every block row of blocks holds equally many."""
     kernel = kernel_for(structure, x.device, x.dtype)
     fold = _fold_now(structure, Shape(out_features, x.shape[-1]), x)
     if fold or kernel != "native":
@@ -142,11 +149,13 @@ def forward(
         assert isinstance(structure, Diagonal)
         tables = _block_tables(structure, topology, Shape(out_features, x.shape[-1]))
         into, out = _around_blocks(tables, input_permutation, output_permutation)
-        return forward(tables.structure, x, tables.blocks(values), tables.topology, bias, into, out, out_features)
+        blocks = tables.blocks(values), tables.topology
+        return forward(tables.structure, x, *blocks, bias, into, out, out_features, equal_rows=True)
     if kernel in ("native", "triton"):
         around = bias, input_permutation, output_permutation, out_features
         tuned = tile_arguments(structure, kernel, token_tile(structure, x, values, *around) if kernel == "native" else 0)
-        y: torch.Tensor = kernel_op(structure, kernel)(x, values, *topology, *around, *native_sizes(structure), **tuned)
+        options = tuned | row_arguments(kernel, equal_rows=equal_rows)
+        y: torch.Tensor = kernel_op(structure, kernel)(x, values, *topology, *around, *native_sizes(structure), **options)
         return y
     if input_permutation is not None:
         x = gather_features(x, input_permutation)

@@ -33,6 +33,7 @@ class Case:
         wide_loads: whether the operands must be copied 16 bytes at a time, or as whole tiles, without waiting.
         depth: steps of the loop that shared memory must hold at once; 0 where nothing is claimed.
         carried: whether the loop must carry a tile of 16-bit operands in registers, those of its next step.
+        known: what the compiler is told beside the problem, or "".
     """
 
     problem: Problem
@@ -43,6 +44,7 @@ class Case:
     wide_loads: bool = False
     depth: int = 0
     carried: bool = False
+    known: str = ""
 
     @property
     def subject(self) -> str:
@@ -53,6 +55,7 @@ class Case:
         parts += [f"permuted={p.permuted}"] if p.permuted else []
         parts += [p.epilogue] if p.epilogue else []
         parts += [] if p.layout == "token/token" else [p.layout]
+        parts += [self.known] if self.known else []
         return " ".join(parts)
 
     @property

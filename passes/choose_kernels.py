@@ -25,7 +25,7 @@ from padst_compile.kernels.cusparselt import support
 from padst_compile.passes.base import RewriteRule, RuleReport, Side
 from padst_compile.passes.context import Context
 from padst_compile.passes.costs import kind_of
-from padst_compile.passes.fold_diagonals import FOLDED_ACTIVE, FOLDED_FROM
+from padst_compile.passes.fold_diagonals import FOLDED_ACTIVE, FOLDED_FROM, has_equal_rows
 from padst_compile.passes.graph import STRUCTURED_LINEAR, TO_DENSE, argument, fake, is_call, layer_name, rows
 from padst_compile.passes.index_nodes import invert, select
 from padst_compile.passes.native_calls import fate
@@ -227,7 +227,8 @@ def _lower_to_native(call: _Call, choice: KernelChoice) -> fx.Node:
                 x, values, *argument(node, "topology"), bias, argument(node, "input_permutation"),
                 argument(node, "output_permutation"), argument(node, "out_features"), *dispatch.native_sizes(call.structure),
             ),
-            dispatch.tile_arguments(call.structure, choice.kernel, tokens),
+            dispatch.tile_arguments(call.structure, choice.kernel, tokens)
+            | dispatch.row_arguments(choice.kernel, equal_rows=has_equal_rows(node)),
         )  # fmt: skip
     _replace(node, native)
     return native

@@ -26,6 +26,7 @@ from padst_compile.structures import Block, Diagonal, Shape, parse
 
 FOLDED_FROM = "padst_folded_from"  # the structure of a product that is one of blocks now
 FOLDED_ACTIVE = "padst_folded_active"  # the weights of such a product, where its blocks have zeros beside them
+_EQUAL_ROWS = "padst_equal_rows"  # the row pointers of such a product that are equally far apart, whatever the offsets
 _aten = torch.ops.aten
 
 
@@ -59,6 +60,12 @@ class FoldDiagonals(RewriteRule):
             tables = made(node, facts, torch.ops.padst.diagonal_blocks.default, offsets, *sizes)
             flat = made(node, facts, _aten.reshape.default, argument(node, "values"), [-1])
             multiply_blocks(node, facts, block_size(structure, shape), tables, flat)
+        node.meta[_EQUAL_ROWS] = argument(node, "topology")[0].name
+
+
+def has_equal_rows(node: fx.Node) -> bool:
+    """Whether every block row of a product is known to hold equally many blocks, as those of diagonals in classes do."""
+    return bool(node.meta.get(_EQUAL_ROWS) == argument(node, "topology")[0].name)
 
 
 def made(node: fx.Node, facts: Context, target: Any, *arguments: Any) -> fx.Node:

@@ -276,15 +276,30 @@ class TestForms:
         assert y.stride() == (1, 20)
         layer.assert_close(y, x)
 
-    def test_equally_many_blocks_need_no_pointers(self, dtype: torch.dtype, triton_device: torch.device) -> None:
-        from padst_compile.kernels.block.triton import Blocks, block_linear
-
-        pointers = torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=triton_device)
-        columns = torch.tensor([0, 2, 1, 2, 0, 1], dtype=torch.int32, device=triton_device)
-        values = torch.randn(6, 16, 16, device=triton_device).to(dtype)
-        layer = TritonLayer(Block(16), Shape(48, 48), values, (pointers, columns))
+    @pytest.mark.parametrize(
+        ("tile", "per_row", "reads_pointers"),
+        [
+            (Tile(16, 16, 16, variant="joined"), 2, False),
+            (Tile(16, 16, 64, variant="joined"), 2, False),  # one step
+            (Tile(16, 16, 16), 1, False),
+            (Tile(16, 16, 16), 2, True),
+            (Tile(16, 16, 16, variant="ahead"), 1, False),
+            (Tile(16, 16, 16, variant="ahead"), 2, True),
+        ],
+        ids=str,
+    )
+    def test_equally_many_blocks_need_no_pointers_without_a_loop(
+        self, tile: Tile, per_row: int, reads_pointers: bool, dtype: torch.dtype, triton_device: torch.device, use_tile
+    ) -> None:
+        use_tile(tile)
+        pointers = per_row * torch.arange(4, dtype=torch.int32, device=triton_device)
+        columns = torch.tensor([0, 2, 1, 2, 0, 1], dtype=torch.int32, device=triton_device)[: 3 * per_row]
+        values = torch.randn(3 * per_row, 16, 16, device=triton_device).to(dtype)
+        layer = TritonLayer(Block(16), Shape(48, 48), values, (pointers, columns)).with_extras(bias=True, into=True, out=True)
         x = layer.random_input(20)
-        assert torch.equal(block_linear(x, Blocks(layer.structure, values, None, columns), 48), run(layer, x))
+        layer.assert_close(layer.op(*layer.arguments(x), equal_rows=True), x)
+        empty = dataclasses.replace(layer, topology=(torch.zeros_like(pointers), columns))
+        assert torch.equal(layer.op(*empty.arguments(x), equal_rows=True), run(empty if reads_pointers else layer, x))
 
     def test_descriptors(self, dtype: torch.dtype, triton_device: torch.device, use_tile: Callable[[Tile], None]) -> None:
         if triton_device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -327,6 +342,9 @@ class TestArguments:
             run(dataclasses.replace(layer, values=layer.values[:-1]), x)
         with pytest.raises(RuntimeError, match="row_pointers"):
             run(dataclasses.replace(layer, topology=(layer.topology[0].long(), layer.topology[1])), x)
+        assert layer.values.shape[0] % 4
+        with pytest.raises(RuntimeError, match="not equally many in each of 4 block rows"):
+            layer.op(*layer.arguments(x), equal_rows=True)
         for name, wrong in (
             ("bias", layer.random_output()[1:]), ("gate", layer.random_output(7)),
             ("residual", layer.random_output(8).double()), ("activation", "tanh"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import padst_compile as padst
+from padst_compile.backend import padst as backend
 from padst_compile.kernels import dispatch
+from padst_compile.kernels.triton_support import Launch
 from padst_compile.passes.choose_kernels import ChooseKernels
 from padst_compile.passes.fuse_activation import FuseActivation
 from padst_compile.passes.fuse_gate import FuseGate
@@ -18,7 +22,7 @@ from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import argument
 from padst_compile.passes.native_calls import is_native_linear
 from padst_compile.passes.split_gates import SplitGates
-from padst_compile.structures import NM, Block, Diagonal, Structure
+from padst_compile.structures import NM, Block, Diagonal, Shape, Structure
 from padst_compile.testing.capture import capture
 
 STRUCTURES = (Block(16), NM(1, 4), Diagonal())
@@ -126,3 +130,71 @@ def test_two_layers_become_one_triton_kernel(
         assert reason is None or reason in report.refusals[0].reason
         result = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)(x)
         torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+
+
+CLASSES = Diagonal(group=16)
+
+
+class Chain(nn.Module):
+    """Two layers of whole numbers, so that their results are exact."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        layers = nn.Sequential(nn.Linear(32, hidden), nn.ReLU(), nn.Linear(hidden, 32))
+        self.layers = padst.sparsify(layers, padst.SparsitySpec(CLASSES, 0.5, permutation="random"))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -4, 4)
+            parameter.data.round_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) + 1
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        """Through dense layers, in float64."""
+        dense: torch.Tensor = padst.densify(copy.deepcopy(self)).double()(x.double())
+        return dense
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize(("hidden", "read"), [(64, (False, False)), (256, (False, True))])
+def test_diagonals_in_classes_are_blocks_whose_pointers_are_read_in_loops_alone(
+    hidden: int,
+    read: tuple[bool, bool],
+    inference: bool,
+    triton_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    counts: list[int] = []
+    launch = Launch.__call__
+
+    def noted(self: Launch) -> None:
+        counts.append(self.arguments["BLOCKS_PER_ROW"])
+        launch(self)
+
+    monkeypatch.setattr(Launch, "__call__", noted)
+    model = Chain(hidden).to(triton_device)
+    x = torch.randint(-3, 4, (512, 32), device=triton_device).float()
+    compiled = torch.compile(model, backend=backend, options={"kernels": "sparse"})
+    with torch.set_grad_enabled(not inference):
+        for _ in range(2):
+            counts.clear()
+            y = compiled(x)
+            assert tuple(count == 0 for count in counts) == read
+            assert torch.equal(y.double(), model.exact(x))
+            for layer in (model.layers[0], model.layers[2]):  # a change of topology
+                structure, shape = layer.config.structure, layer.config.shape
+                active = structure.active_units(layer.topology, shape)
+                layer.offsets.copy_(*structure.topology_of(active.roll(1, 1), shape))
+
+
+def test_blocks_that_rows_hold_equally_many_of_by_chance_are_looked_up(triton_device: torch.device) -> None:
+    structure, shape = Block(16), Shape(64, 64)
+    model = padst.sparsify(nn.Sequential(nn.Linear(64, 64)), padst.SparsitySpec(structure, 0.75)).to(triton_device)
+    for index, equal in zip(model[0].topology, structure.topology_of(torch.eye(4, dtype=torch.bool), shape), strict=True):
+        index.copy_(equal)
+    with torch.no_grad():
+        facts = capture(model, torch.randn(5, 64, device=triton_device)).context(inference=True)
+        ChooseKernels("sparse").run(facts)
+    (call,) = (node for node in facts.module.graph.nodes if is_native_linear(node))
+    assert not argument(call, "equal_rows")

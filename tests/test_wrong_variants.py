@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import padst_compile as padst
 from padst_compile import backend, permutation
 from padst_compile.errors import InvalidPermutationError
-from padst_compile.kernels import native
+from padst_compile.kernels import native, triton_support
 from padst_compile.kernels.block import aten as block_aten
 from padst_compile.kernels.block.reference import block_linear
 from padst_compile.kernels.diagonal import bands as diagonal_bands
@@ -948,12 +948,42 @@ def sparse_tensor_cores() -> str | None:
     return None if verdict else "computes something else"
 
 
+@functools.cache
+def unlike_blocks() -> tuple[Captured, Captured]:
+    """Diagonals in classes, and blocks of which rows hold different numbers."""
+    blocks = sparse(WIDTH, HIDDEN)
+    assert len(set(blocks.row_pointers.diff().tolist())) > 1
+    found = []
+    for net, width in ((classes_net(), 32), (Net(lambda m, x: m.layer(x) * 2, layer=blocks), WIDTH)):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            found.append(capture(net.float().eval(), features(5, width).float()))
+    return found[0], found[1]
+
+
+def blocks_on_triton() -> str | None:
+    """Products of blocks lowered to the op for GPUs, which is not run."""
+    if not triton_support.installed():
+        return None
+    told = []
+    for before in unlike_blocks():
+        facts = before.context(inference=True)
+        with triton_support.interpreted(), torch.no_grad():
+            Pipeline(kernels="sparse").run(facts)
+            if not padst.verify(before.graph, facts.module, *before.inputs, seeds=(0,)):
+                return "computes something else"
+        told += [argument(node, "equal_rows") for node in facts.module.graph.nodes if is_native_linear(node)]
+    return None if told == [True, False] else f"is told of equally many blocks in each row: {told}"
+
+
 BATTERY: dict[str, Callable[[], str | None]] = {
     **{name: functools.partial(graph_check, name) for name in GRAPHS},
     **{name: functools.partial(change_check, name) for name in CHANGES},
     "the algebra": algebra,
     "ragged kernels": ragged_kernels,
     "sparse tensor cores": sparse_tensor_cores,
+    "blocks on Triton": blocks_on_triton,
     "the cheapest orders": cheapest_orders,
     "the cheapest labels": cheapest_labels,
 }
@@ -1198,6 +1228,12 @@ VARIANTS: Mapping[str, Variant] = {
         diagonal_blocks._read_by_class, ".reshape(-1, stride).T", ".reshape(stride, -1).T", "diagonals in classes"),
     "FoldDiagonals: entries do not wrap": Variant(
         diagonal_blocks._entries, "(p - q - borrow) % turns", "(p - q) % turns", "diagonals in classes"),
+    "FoldDiagonals: rows of blocks are not known to be equal": Variant(
+        fold_diagonals.FoldDiagonals.rewrite, 'node.meta[_EQUAL_ROWS] = argument(node, "topology")[0].name', "pass",
+        "blocks on Triton"),
+    "ChooseKernels: rows of all blocks are equal": Variant(
+        fold_diagonals.has_equal_rows, 'node.meta.get(_EQUAL_ROWS) == argument(node, "topology")[0].name', "True",
+        "blocks on Triton"),
     "FoldBands: offsets are not watched": Variant(
         fold_bands.FoldBands.rewrite, "facts.assume(offsets)", "pass", "other offsets of diagonals in a run"),
     "FoldBands: tables change sides": Variant(

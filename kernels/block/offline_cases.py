@@ -11,12 +11,13 @@ from padst_compile.kernels.block.tiles import element_by_element, gathered_in_ha
 from padst_compile.kernels.block.triton import Blocks, linear_launch, value_gradient_launch
 from padst_compile.kernels.block.triton_mlp import default_tile as mlp_tile
 from padst_compile.kernels.block.triton_mlp import mlp_launch
+from padst_compile.kernels.diagonal.blocks import block_size
 from padst_compile.kernels.launch import Problem, Tile
 from padst_compile.kernels.meta_arguments import activations, extras, index
 from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target, pipeline_depth
 from padst_compile.kernels.token_shares import TokenShares
 from padst_compile.kernels.triton_support import Launch, token_bucket
-from padst_compile.structures import Block, parse
+from padst_compile.structures import Block, Diagonal, Shape, parse
 
 _WARP_GROUP_TOKENS = 64  # rows of the smallest product of wgmma and tcgen05
 
@@ -39,11 +40,12 @@ def offline_cases(target: Target) -> Iterator[Case]:
                 depth=0 if gathered_in_half(problem) else pipeline_depth(problem, tile, product),
                 carried=tile.variant == "ahead",
             )
+    yield from _folded_diagonals(target)
     yield from _mlps(target)
 
 
-def launch_of(problem: Problem, tile: Tile) -> Launch:
-    """The launch of a problem and tile, on meta tensors of its sizes."""
+def launch_of(problem: Problem, tile: Tile, *, equal_rows: bool = False) -> Launch:
+    """The launch of a problem and tile, on meta tensors of its sizes; see `triton.Blocks` for `equal_rows`."""
     structure, dtype = parse(problem.structure), getattr(torch, problem.dtype)
     assert isinstance(structure, Block)
     blocks = problem.active // (structure.rows * structure.columns)
@@ -57,7 +59,8 @@ def launch_of(problem: Problem, tile: Tile) -> Launch:
     transposed = problem.kernel == "block_input_gradient"
     sides = (structure.rows, structure.columns) if transposed else (structure.columns, structure.rows)
     values = torch.empty(blocks, *sides, device="meta", dtype=dtype)
-    stored = Blocks(structure, values, row_pointers, columns, index(blocks) if transposed else None, transposed)
+    order = index(blocks) if transposed else None
+    stored = Blocks(structure, values, row_pointers, columns, order, transposed, equal_rows)
     return linear_launch(x, stored, y, extras(problem), problem, tile)
 
 
@@ -80,6 +83,35 @@ def _problems(device: str) -> Iterator[Problem]:
     for size in (16, 64):
         for kernel in ("block_input_gradient", "block_value_gradient"):
             yield _problem(size, 3072, 768, 50432, half, device, kernel=kernel)
+
+
+def _folded_diagonals(target: Target) -> Iterator[Case]:
+    """One and five classes of diagonals: a step without a loop, and joined blocks in a loop; both from pointers, too."""
+    in_features, out_features = 768, 3072
+    for group, kept in ((64, 1), (16, 5)):
+        diagonals, shape = Diagonal(group), Shape(out_features, in_features)
+        blocks = block_size(diagonals, shape)
+        active = kept * diagonals.classes(shape) * blocks.rows * blocks.columns
+        problem = _problem((blocks.rows, blocks.columns), in_features, out_features, 50432, "bfloat16", DEVICES[target])
+        problem = dataclasses.replace(problem, active=active)
+        yield _folded(problem, tiles(problem)[0], target)
+        for tile in dict.fromkeys(dataclasses.replace(tile, group=8) for tile in tiles(problem)):
+            yield _folded(problem, tile, target, kept)
+
+
+def _folded(problem: Problem, tile: Tile, target: Target, kept: int = 0) -> Case:
+    """A product of diagonals in classes; with `kept`, the compiler knows how many blocks there are in each row."""
+    launch, product, loops = launch_of(problem, tile, equal_rows=kept > 0), _product(problem, tile, target), kept != 1
+    return Case(
+        problem,
+        tile,
+        launch,
+        step_bytes=step_bytes(problem, tile),
+        product=product,
+        wide_loads=loops and _wide(problem, tile, target),
+        depth=pipeline_depth(problem, tile, product) if loops else 0,
+        known=f"{kept} in each row" if kept else "",
+    )
 
 
 def _mlps(target: Target) -> Iterator[Case]:

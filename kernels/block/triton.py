@@ -24,7 +24,7 @@ from padst_compile.kernels import triton_support
 from padst_compile.kernels.block.tiles import default_tile
 from padst_compile.kernels.block.triton_ahead import block_ahead_kernel
 from padst_compile.kernels.block.triton_joined import block_joined_kernel
-from padst_compile.kernels.block.triton_parts import entry_of, load_tile, swizzle
+from padst_compile.kernels.block.triton_parts import entry_of, load_tile, row_range, swizzle
 from padst_compile.kernels.dot import dot
 from padst_compile.kernels.epilogue import finish
 from padst_compile.kernels.extras import Extras
@@ -51,13 +51,13 @@ def block_linear_kernel(
     in_features,
     out_features,
     row_count,
-    blocks_per_row,
     x_token_stride,
     x_feature_stride,
     y_token_stride,
     y_feature_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCKS_PER_ROW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TOKENS_ADJACENT: tl.constexpr,
     EVEN_INPUTS: tl.constexpr,
@@ -75,7 +75,7 @@ def block_linear_kernel(
     Args:
         x: pointer to [tokens, in_features], or its descriptor in steps of `TOKENS` by `DEPTH`.
         values: pointer to [blocks, COLUMNS, ROWS], or if `TRANSPOSED` [blocks, ROWS, COLUMNS]; or the descriptor of its rows.
-        row_pointers: pointer to int32 [row_count + 1], or None where every row has `blocks_per_row` blocks.
+        row_pointers: pointer to int32 [row_count + 1]; read where `BLOCKS_PER_ROW` is 0.
         columns: pointer to int32 [blocks].
         order: pointer to int32 [blocks], where in `values` each block lies, or None for the same order.
         bias: pointer to [out_features], or None.
@@ -88,13 +88,13 @@ def block_linear_kernel(
         in_features: columns of `x`.
         out_features: columns of `y`.
         row_count: block rows.
-        blocks_per_row: for `row_pointers=None`.
         x_token_stride: of `x`, in elements, like the three after it.
         x_feature_stride: of `x`.
         y_token_stride: of `y`.
         y_feature_stride: of `y`.
         ROWS: outputs of a block.
         COLUMNS: inputs of a block.
+        BLOCKS_PER_ROW: blocks of every row, or 0 where rows hold different numbers of them.
         TRANSPOSED: whether blocks are stored with their outputs first.
         TOKENS_ADJACENT: whether tokens are adjacent in `x` and features are not.
         EVEN_INPUTS: whether blocks divide the inputs, and `DEPTH` divides blocks.
@@ -128,12 +128,7 @@ def block_linear_kernel(
         x += (read_token.to(tl.int64) * x_token_stride)[:, None]
         values += (inner * value_input_stride)[:, None] + (place_in_row * value_output_stride)[None, :]
 
-    if row_pointers is None:
-        first = row * blocks_per_row
-        last = first + blocks_per_row
-    else:
-        first = tl.load(row_pointers + row)
-        last = tl.load(row_pointers + row + 1)
+    first, last = row_range(row_pointers, row, BLOCKS_PER_ROW)
 
     # What the first step reads, then in each step what the next one does: its column, and its inputs where they are permuted.
     column, slot = entry_of(columns, first, last), entry_of(order, first, last)
@@ -287,18 +282,20 @@ class Blocks:
     Args:
         structure: of a block, as the product sees it.
         values: contiguous [blocks, columns, rows], or if `transposed` [blocks, rows, columns].
-        row_pointers: int32 [block rows + 1], or None where every block row has equally many.
+        row_pointers: int32 [block rows + 1].
         columns: int32 [blocks].
         order: int32 [blocks], where each block lies in `values`, or None for the same order.
         transposed: whether blocks are stored with their outputs first.
+        equal_rows: whether every block row is known to hold equally many, whatever the pointers point to.
     """
 
     structure: Block
     values: torch.Tensor
-    row_pointers: torch.Tensor | None
+    row_pointers: torch.Tensor
     columns: torch.Tensor
     order: torch.Tensor | None = None
     transposed: bool = False
+    equal_rows: bool = False
 
 
 _NOTHING = Extras()
@@ -355,6 +352,7 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
     (tokens, in_features), out_features = x.shape, y.shape[1]
     row_count = -(-out_features // rows)
     whole = in_features % columns == 0
+    joined = tile.variant == "joined" and whole
     even_inputs = whole and columns % tile.depth == 0
     descriptor = tile.variant == "descriptor" and even_inputs and _describable(x, blocks, extras)
     arguments = {
@@ -373,14 +371,13 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
         "in_features": in_features,
         "out_features": out_features,
         "row_count": row_count,
-        # A constant where it is not read: the compiler specialises on some values.
-        "blocks_per_row": blocks.columns.numel() // row_count if blocks.row_pointers is None else 0,
         "x_token_stride": x.stride(0),
         "x_feature_stride": x.stride(1),
         "y_token_stride": y.stride(0),
         "y_feature_stride": y.stride(1),
         "ROWS": rows,
         "COLUMNS": columns,
+        "BLOCKS_PER_ROW": _constant_count(blocks, row_count, tile, joined=joined),
         "TRANSPOSED": blocks.transposed,
         "TOKENS_ADJACENT": triton_support.layout(x) == "feature",
         "EVEN_OUTPUTS": out_features % rows == 0 and rows % tile.outputs == 0,
@@ -392,7 +389,7 @@ def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extr
         "GROUP": tile.group,
     }
     programs = -(-tokens // tile.tokens) * row_count * -(-rows // tile.outputs)
-    if tile.variant == "joined" and whole:
+    if joined:
         arguments["RUN"] = math.gcd(columns, _LONGEST_RUN)
         return Launch(block_joined_kernel, (programs,), arguments, tile.warps, tile.stages)
     arguments["EVEN_INPUTS"] = even_inputs
@@ -465,6 +462,18 @@ def value_gradient_launch(
     }
     grid = (columns.numel() * _tiles_per_block(structure, tile), shares.count)
     return Launch(block_value_gradient_kernel, grid, arguments, tile.warps, tile.stages)
+
+
+def _constant_count(blocks: Blocks, row_count: int, tile: Tile, *, joined: bool) -> int:
+    """How many blocks every row holds, where a constant makes better code, else 0.
+
+    It does where all of a row is one step, which then needs no loop, and where blocks are joined. Before a loop over whole
+    blocks it saves two loads, and takes more registers on some GPUs.
+    """
+    if not blocks.equal_rows:
+        return 0
+    count = blocks.columns.numel() // row_count
+    return count if joined or count * -(-blocks.structure.columns // tile.depth) == 1 else 0
 
 
 def _tiles_per_block(structure: Block, tile: Tile) -> int:

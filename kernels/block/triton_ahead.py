@@ -9,7 +9,7 @@ that run at once; which form is faster is for the tuner to measure.
 import triton
 import triton.language as tl
 
-from padst_compile.kernels.block.triton_parts import entry_of, load_tile, swizzle
+from padst_compile.kernels.block.triton_parts import entry_of, load_tile, row_range, swizzle
 from padst_compile.kernels.dot import dot
 from padst_compile.kernels.epilogue import finish
 
@@ -31,13 +31,13 @@ def block_ahead_kernel(
     in_features,
     out_features,
     row_count,
-    blocks_per_row,
     x_token_stride,
     x_feature_stride,
     y_token_stride,
     y_feature_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCKS_PER_ROW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TOKENS_ADJACENT: tl.constexpr,
     EVEN_INPUTS: tl.constexpr,
@@ -65,12 +65,7 @@ def block_ahead_kernel(
     x += (tl.minimum(token, tokens - 1).to(tl.int64) * x_token_stride)[:, None]
     values += (inner * value_input_stride)[:, None] + (place_in_row * value_output_stride)[None, :]
 
-    if row_pointers is None:
-        first = row * blocks_per_row
-        last = first + blocks_per_row
-    else:
-        first = tl.load(row_pointers + row)
-        last = tl.load(row_pointers + row + 1)
+    first, last = row_range(row_pointers, row, BLOCKS_PER_ROW)
 
     begin = first * steps
     source = _sources(columns, input_table, begin, last, inner, in_features, COLUMNS, DEPTH)

@@ -8,7 +8,7 @@ time. So blocks 16 wide take a quarter of the steps, with products of tiles as d
 import triton
 import triton.language as tl
 
-from padst_compile.kernels.block.triton_parts import load_tile, swizzle
+from padst_compile.kernels.block.triton_parts import load_tile, row_range, swizzle
 from padst_compile.kernels.dot import dot
 from padst_compile.kernels.epilogue import finish
 
@@ -30,13 +30,13 @@ def block_joined_kernel(
     in_features,
     out_features,
     row_count,
-    blocks_per_row,
     x_token_stride,
     x_feature_stride,
     y_token_stride,
     y_feature_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCKS_PER_ROW: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TOKENS_ADJACENT: tl.constexpr,
     EVEN_OUTPUTS: tl.constexpr,
@@ -67,12 +67,8 @@ def block_joined_kernel(
     x += (read_token.to(tl.int64) * x_token_stride)[:, None]
     values += (place_in_row * value_output_stride)[None, :]
 
-    if row_pointers is None:
-        first = row * blocks_per_row
-        depth = blocks_per_row * COLUMNS
-    else:
-        first = tl.load(row_pointers + row)
-        depth = (tl.load(row_pointers + row + 1) - first) * COLUMNS
+    first, last = row_range(row_pointers, row, BLOCKS_PER_ROW)
+    depth = (last - first) * COLUMNS
 
     # The inputs and weights that a step multiplies are found in the step before, so that their loads can be in flight.
     source = _sources(columns + first, input_table, inner, depth, COLUMNS, RUN)

@@ -27,6 +27,7 @@ def block_linear(
     activation: str = "none",
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    equal_rows: bool = False,
 ) -> torch.Tensor:
     """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, contiguous `[..., out_features]`.
 
@@ -42,6 +43,7 @@ def block_linear(
         activation: one of `epilogue.ACTIVATIONS`.
         residual: `[..., out_features]` or None.
         gate: `[..., out_features]` or None.
+        equal_rows: whether every block row holds equally many blocks, which are not looked up then.
 
     Raises:
         RuntimeError: an argument does not fit; the values of indices are not read.
@@ -51,7 +53,9 @@ def block_linear(
     check_operands(x, values, out_features)
     structure = structure_of(x, values, row_pointers, columns, out_features)
     extras = Extras(bias, input_permutation, output_permutation, activation, gate, residual).checked(x, out_features)
-    blocks = triton.Blocks(structure, values.contiguous(), row_pointers, columns)
+    if equal_rows and columns.numel() % (row_pointers.numel() - 1):
+        raise RuntimeError(f"{columns.numel()} blocks are not equally many in each of {row_pointers.numel() - 1} block rows")
+    blocks = triton.Blocks(structure, values.contiguous(), row_pointers, columns, equal_rows=equal_rows)
     y = triton.block_linear(x.reshape(-1, x.shape[-1]), blocks, out_features, extras)
     # Autograd forbids writing in place to a view that a custom op returns, as `ReLU(inplace=True)` behind a layer would.
     result: torch.Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], out_features))

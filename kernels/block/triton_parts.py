@@ -29,6 +29,18 @@ def load_tile(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_C
 
 
 @triton.jit
+def row_range(row_pointers, row, BLOCKS_PER_ROW: tl.constexpr):
+    """The first block of a block row, and the one behind its last; pointers are read if `BLOCKS_PER_ROW` is 0."""
+    if BLOCKS_PER_ROW > 0:
+        first = row * BLOCKS_PER_ROW
+        last = first + BLOCKS_PER_ROW
+    else:
+        first = tl.load(row_pointers + row)
+        last = tl.load(row_pointers + row + 1)
+    return first, last
+
+
+@triton.jit
 def entry_of(index, block, last):
     """The entry of a block in `index`, or the block itself where there is none; 0 from `last` on."""
     entry = block

@@ -49,6 +49,7 @@ def fake_block_linear(
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     token_tile: int = 0,
+    equal_rows: bool = False,
 ) -> torch.Tensor:
     """Of `block_linear`, in C++ and in Triton."""
     return x.new_empty((*x.shape[:-1], out_features))

@@ -81,8 +81,15 @@ def _block_mlp(
 
 
 @definition("padst_triton::block_linear")
-def _triton_block_linear(x: Any, values: Any, row_pointers: Any, columns: Any, *rest: Any) -> Any:
-    return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *rest)
+def _triton_block_linear(
+    x: Any, values: Any, row_pointers: Any, columns: Any, bias: Any, input_permutation: Any, output_permutation: Any,
+    out_features: int, activation: str = "none", residual: Any = None, gate: Any = None, equal_rows: bool = False,
+) -> Any:  # fmt: skip
+    if equal_rows:  # the pointers are not read
+        rows = row_pointers.shape[0] - 1
+        row_pointers = torch.arange(rows + 1, device=columns.device) * (columns.shape[0] // rows)
+    around = (bias, input_permutation, output_permutation, out_features, activation, residual, gate)
+    return _product(Block((values.shape[2], values.shape[1])), x, values, (row_pointers, columns), *around)
 
 
 @definition("padst_native::nm_linear")
