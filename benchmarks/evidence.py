@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import markupsafe
 from listings import listings
-from ratios import RESULTS, Recorded, recorded
+from ratios import RESULTS, Recorded, recorded, where
 from rich.console import Console
 
 from padst_compile.files import replace_file, replace_text
@@ -39,7 +39,7 @@ def main() -> None:
     page = environment.from_string((HERE / "evidence.html").read_text()).render(
         parts=[_part(file, arguments.out) for file in recorded(arguments.results) if file.cases],
         listings=list(listings(arguments.results)),
-        where=_where,
+        where=where,
         study=markupsafe.Markup("\n".join(_study(arguments.results / STUDY))),
     )
     replace_text(arguments.out / "index.html", page)
@@ -53,20 +53,12 @@ def _part(file: Recorded, out: Path) -> dict[str, Any]:
     return {
         "title": file.title,
         "file": file.file,
-        "where": _where(file.machine),
+        "where": where(file.machine),
         "columns": columns,
         "cases": file.cases,
         "has_ideal": any(case.ideal is not None for case in file.cases),
         "picture": "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode(),
     }
-
-
-def _where(machine: dict[str, Any]) -> str:
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['vector']}{', AMX' if machine['amx'] else ''}"
-    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "timm", "transformers") if machine.get(name)]
-    compiler = [machine["compiler"]] if machine.get("compiler") else []
-    parts = (device, f"{machine['threads']} CPU thread(s)", f"Python {machine['python']}", *versions, *compiler)
-    return ", ".join(parts)
 
 
 def _draw(file: Recorded, columns: list[str], path: Path) -> None:

@@ -1,7 +1,10 @@
-"""Writes the figures of README.md from the recorded results, so that no number there was typed.
+"""Writes the figures of README.md and of the documentation from the recorded results, so that no number there was typed.
 
-python benchmarks/figures.py            rewrite the block between the markers
-python benchmarks/figures.py --check    exit 1 if the block is not what the results say
+python benchmarks/figures.py            rewrite the blocks between the markers
+python benchmarks/figures.py --check    exit 1 if a block is not what the results say
+
+README has the ratios with random permutations, one column per machine; docs/measurements.md everything, and docs/study.md the
+accuracy study.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ratios import RESULTS, files_of
+from peers import DENSE, DENSE_TUNED
+from ratios import NONE, RANDOM, RESULTS, TITLES, Recorded, files_of, recorded, where
 
+from padst_compile.files import replace_text
 from padst_compile.structures import structure_from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,20 +27,55 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "accuracy"))
 from statistics_of_seeds import estimate  # noqa: E402  # of the accuracy study, a folder of scripts of its own
 from values import against_control, control_of, groups, in_words, values_of  # noqa: E402
 
-README = ROOT / "README.md"
 START, END = "<!-- figures -->\n", "<!-- /figures -->\n"
 STUDY = RESULTS / "accuracy-study.jsonl"
+IN_SHORT = ("models", "layers", "training-layers", "training", "end-to-end")
 
 
-def render() -> str:
-    """The Markdown between the markers."""
+def summary() -> str:
+    """How many times as fast as the best dense, for each case that has random permutations, machines side by side."""
+    files = [file for file in recorded() if file.title in [TITLES[kind] for kind in IN_SHORT]]
+    machines = list(dict.fromkeys(_short(file.machine) for file in files))
+    lines = ["| | " + " | ".join(machines) + " |", "|-|" + "-:|" * len(machines)]
+    for title in dict.fromkeys(file.title for file in files):
+        lines.append(f"| **{title}** |" + " |" * len(machines))
+        lines += _ratios([file for file in files if file.title == title], machines)
+    return "\n".join([*lines, ""])
+
+
+def _ratios(files: list[Recorded], machines: list[str]) -> list[str]:
+    """A line per case."""
+    found: dict[str, dict[str, float]] = {}
+    for file in files:
+        for case in file.cases:
+            if RANDOM in case.ratios:
+                found.setdefault(case.name, {})[_short(file.machine)] = case.ratios[RANDOM]
+    lines = []
+    for name, ratios in found.items():
+        cells = " | ".join(f"{ratios[machine]:.1f}x" if machine in ratios else "" for machine in machines)
+        lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def _short(machine: dict[str, Any]) -> str:
+    return machine["gpu"] or f"{machine['cpu']}{', AMX' if machine['amx'] else ''}"
+
+
+def tables() -> str:
+    """Every recorded result, with times."""
     parts = []
     for name, section in SECTIONS.items():
         parts += [section(json.loads(path.read_text()), path.relative_to(ROOT)) for path in files_of(name)]
-    if STUDY.exists():
-        rows = [json.loads(line) for line in STUDY.read_text().splitlines()]
-        parts += [_study(*group) for group in groups(rows)]
     return "\n".join(parts)
+
+
+def study() -> str:
+    """Every task at every sparsity."""
+    rows = [json.loads(line) for line in STUDY.read_text().splitlines()]
+    return "\n".join(_study(*group) for group in groups(rows))
+
+
+BLOCKS = {ROOT / "README.md": summary, ROOT / "docs" / "measurements.md": tables, ROOT / "docs" / "study.md": study}
 
 
 def _study(task: str, sparsity: float, rows: list[dict[str, Any]]) -> str:
@@ -135,22 +175,47 @@ def _row(c: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"models": _models, "layers": _layers, "training-layers": _training, "training": _steps}
+def _kernels(data: dict[str, Any], source: Path) -> str:
+    """Layers beside everything else that could run them."""
+    names = list(dict.fromkeys(name for case in data["cases"] for name in case["milliseconds"]))
+    rest = [name for name in names if name not in (DENSE, DENSE_TUNED, "padst", NONE)]
+    heading = (
+        f"**Layers beside their peers** ({where(data['machine'])}; median milliseconds of one call, with cold caches; fraction "
+        f"of ideal: speed-up over the best dense times density; from `{source}`)"
+    )
+    columns = ["", "dense", "padst, random permutations", "against best dense", "fraction of ideal", *rest]
+    lines = ["| " + " | ".join(columns) + " |", "|-|" + "-:|" * (len(columns) - 1)]
+    return "\n".join([heading, "", *lines, *(_beside(case, rest) for case in data["cases"]), ""])
+
+
+def _beside(case: dict[str, Any], rest: list[str]) -> str:
+    taken = case["milliseconds"]
+    best = min(taken[name] for name in (DENSE, DENSE_TUNED) if name in taken)
+    speedup = best / taken["padst"]
+    others = [f"{taken[name]:.2f}" if name in taken else "" for name in rest]
+    name = f"{case['in_features']} -> {case['out_features']} ({case['dtype']}, {case['tokens']} tokens), {case['structure']}"
+    cells = [f"{name}, {case['sparsity']:.0%}", f"{best:.2f}", f"{taken['padst']:.2f}", f"{speedup:.2f}x"]
+    return "| " + " | ".join([*cells, f"{speedup * case['density']:.2f}", *others]) + " |"
+
+
+SECTIONS = {"models": _models, "layers": _layers, "kernels": _kernels, "training-layers": _training, "training": _steps}
 
 
 def main() -> int:
-    """Rewrite or check README.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md differs")
+    """Rewrite or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a page differs")
     arguments = parser.parse_args()
-    text = README.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    wanted = before + START + render() + END + after
-    if arguments.check:
-        return int(wanted != text)
-    README.write_text(wanted)
-    return 0
+    differ = False
+    for page, render in BLOCKS.items():
+        text = page.read_text()
+        before, rest = text.split(START)
+        _, after = rest.split(END)
+        wanted = before + START + render() + END + after
+        differ = differ or wanted != text
+        if not arguments.check:
+            replace_text(page, wanted)
+    return int(differ and arguments.check)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,15 @@ def files_of(kind: str, folder: Path = RESULTS) -> list[Path]:
     return [path for path in sorted(folder.glob(f"*-{kind}.json")) if not path.name.endswith(longer)]
 
 
+def where(machine: dict[str, Any]) -> str:
+    """A machine as a result describes it, in words."""
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['vector']}{', AMX' if machine['amx'] else ''}"
+    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "timm", "transformers") if machine.get(name)]
+    compiler = [machine["compiler"]] if machine.get("compiler") else []
+    parts = (device, f"{machine['threads']} CPU thread(s)", f"Python {machine['python']}", *versions, *compiler)
+    return ", ".join(parts)
+
+
 def _cases(data: dict[str, Any]) -> Iterator[Case]:
     for case in data.get("comparisons", data.get("cases", ())):
         if "spec" in case:

@@ -10,7 +10,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 
 _ROOT = Path(__file__).resolve().parents[1]
-_HERE, _STUDY, _SCRIPT = "<!-- figures of README -->", "<!-- accuracy study of README -->", "<!-- script of README -->"
+_SCRIPT = "<!-- script of README -->"
 
 _sources = tempfile.TemporaryDirectory(prefix="padst-docs-")
 
@@ -26,14 +26,8 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put README's figures, which are generated from recorded results, some of them, or its program, where a page asks."""
-    if _SCRIPT in markdown:
-        markdown = markdown.replace(_SCRIPT, _section("script"))
-    if _HERE not in markdown and _STUDY not in markdown:
-        return markdown
-    figures = _section("figures")
-    _, accuracy, study = figures.partition("**Accuracy, ")
-    return markdown.replace(_HERE, figures).replace(_STUDY, accuracy + study)
+    """Put README's program where a page asks for it."""
+    return markdown.replace(_SCRIPT, _section("script")) if _SCRIPT in markdown else markdown
 
 
 def _section(name: str) -> str:

@@ -158,7 +158,7 @@ def test_commands_in_the_documents_exist(line: str) -> None:
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
 def test_pages_hold_no_figures_of_their_own(page: Path) -> None:
-    """Times and ratios come from recorded results, through README."""
+    """Times and ratios come from recorded results, by benchmarks/figures.py."""
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     assert not re.search(
         r"\d(\.\d+)?\s?x (faster|slower|smaller)|\d (ms|milliseconds|GFLOP)|\d+(\.\d+)? times (as )?fast", prose
