@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import suite
+import torch
 
 from padst_compile.benchmarking.models import build_model
 from padst_compile.benchmarking.run import Comparison, Settings, compare
@@ -10,6 +11,7 @@ from padst_compile.benchmarking.run import Comparison, Settings, compare
 CASES = [
     ("timm:vit_base_patch16_224", "block:64", 1),
     ("timm:vit_base_patch16_224", "block:64", 8),
+    ("timm:vit_base_patch16_224", "block:64", 8, torch.bfloat16),
     ("timm:vit_base_patch16_224", "block:32", 1),
     ("timm:vit_base_patch16_224", "nm:1:10", 1),
     ("timm:vit_base_patch16_224", "diagonal", 1),
@@ -24,9 +26,9 @@ CASES = [
 ]
 
 
-def measure(model: str, structure: str, batch: int, *, repetitions: int) -> Comparison:
+def measure(model: str, structure: str, batch: int, dtype: torch.dtype = torch.float32, *, repetitions: int) -> Comparison:
     """One model with random input permutations on every layer, and without."""
-    settings = Settings(batch=batch, repetitions=repetitions, unpermuted=True)
+    settings = Settings(dtype=dtype, batch=batch, repetitions=repetitions, unpermuted=True)
     return compare(build_model(model, batch=batch), suite.spec(structure), settings)
 
 
