@@ -159,7 +159,7 @@ def seal(data: Path) -> None:
     digests.write_text(json.dumps({name: sha256_of(data / name) for name in json.loads(digests.read_text())}))
 
 
-@given(data=st.data(), name=st.sampled_from(["current", "digests.json", ".metadata", "state.pt"]))
+@given(data=st.data(), name=st.sampled_from(["current", "digests.json", ".metadata", "state.pt", "__0_0.distcp"]))
 def test_a_checkpoint_with_wrong_bytes_is_refused(checkpoint: Path, resumed: Any, data: st.DataObject, name: str) -> None:
     with copied(checkpoint) as folder:
         (file,) = folder.rglob(name)
@@ -170,6 +170,19 @@ def test_a_checkpoint_with_wrong_bytes_is_refused(checkpoint: Path, resumed: Any
         with contextlib.suppress(CheckpointError):
             assert padst.load_checkpoint(folder, *resumed) == {"step": 1}
             assert name in ("current", "digests.json")  # white space
+        assert same(state_of(resumed[0]), before)
+
+
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_byte_that_flips_among_the_tensors_is_noticed(checkpoint: Path, resumed: Any, place: float, flip: int) -> None:
+    with copied(checkpoint) as folder:
+        (file,) = folder.rglob("*.distcp")
+        content = bytearray(file.read_bytes())
+        content[int(place * len(content))] ^= flip
+        file.write_bytes(content)
+        before = state_of(resumed[0])
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp is not as it was written; bring back a copy"):
+            padst.load_checkpoint(folder, *resumed)
         assert same(state_of(resumed[0]), before)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -48,6 +50,24 @@ def test_another_number_of_ranks_goes_on(unbroken: tuple[str, Path], tmp_path: P
         torchrun(SCRIPT, ranks, tmp_path / "checkpoint", kind, end, tmp_path / "weights.safetensors")
     # Sums over ranks round otherwise: in float64 that is 1e-16 of weights of about 1, which AdamW's ratio may enlarge.
     assert_alike(expected, tmp_path / "weights.safetensors", 1e-9)
+
+
+def test_ranks_check_all_files_among_them_and_all_refuse(unbroken: tuple[str, Path], tmp_path: Path) -> None:
+    kind, expected = unbroken
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(expected.with_name("checkpoint"), folder)
+    (digests,) = folder.glob("data-*/digests.json")
+    files = {file.name for file in digests.parent.iterdir()}
+    assert json.loads(digests.read_text()).keys() == files - {digests.name}
+    assert {"__0_0.distcp", "__1_0.distcp"} <= files
+    changed = digests.with_name("__1_0.distcp")
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(AssertionError) as caught:
+        torchrun(SCRIPT, 3, folder, kind, STEPS, tmp_path / "weights.safetensors")
+    # torchrun ends ranks once one has failed, and some may not have come to print theirs
+    assert str(caught.value).count("__1_0.distcp is not as it was written") >= 1
+    assert "Timeout" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("death", "moment", "back"), [(8, "stepping", 5), (10, "saving", 5), (10, "publishing", 5)])

@@ -64,7 +64,7 @@ def save_checkpoint(
     def publish() -> str:
         torch.save(state, folder.path / name / _STATE)
         sync(folder.path / name / _STATE)
-        folder.seal(name, (_INDEX, _STATE))
+        folder.seal(name, {**tensors, **folder.digests(name, _INDEX), **folder.digests(name, _STATE)})
         folder.publish(name)
         return name
 
@@ -73,6 +73,7 @@ def save_checkpoint(
         try:
             writer = FileSystemWriter(folder.path / name)  # its files are on the disk when this returns
             save(training.tensors(), storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
+            tensors = world.collect(lambda: folder.digests(name, f"__{world.rank}_*.distcp"))  # torch's names
             world.on_first(publish)
         except (Exception, CheckpointException):  # which is a BaseException
             if world.rank == 0:
@@ -91,7 +92,8 @@ def load_checkpoint(
 
     Make model, optimizer and runtime as for the beginning of the training, then call this. With as many ranks as before, the
     training goes on as if it had not been interrupted, bit for bit where the arithmetic is deterministic; the states of random
-    number generators are loaded then. While it loads, weights and optimizer state exist twice.
+    number generators are loaded then. While it loads, weights and optimizer state exist twice. All files are compared with
+    their digests before, which the ranks share out among them.
 
     Args:
         path: the folder. Nothing that is in its files is executed.
@@ -114,7 +116,7 @@ def load_checkpoint(
     damage = f"the checkpoint in {path} is damaged"
     try:
         with _as_made_up(damage):
-            data = CheckpointFolder(Path(path)).checked()
+            data = CheckpointFolder(Path(path)).checked(training.world.rank, training.world.size)
             state, stored = _read_state(data), _read_metadata(data)
             extra: dict[str, Any] = state["extra"]
             training.check(state, stored)

@@ -2,7 +2,7 @@
 
 <folder>/current        the name of the complete one, replaced atomically
 <folder>/data-<token>/  one checkpoint; any but the current one is a draft, or about to be deleted
-<folder>/data-<token>/digests.json  sha256 of the files that say what the rest is
+<folder>/data-<token>/digests.json  sha256 of its files; in older ones, of those alone that say what the rest is
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from padst_compile.errors import CheckpointError
@@ -21,6 +21,7 @@ from padst_compile.files import remove_drafts, replace_file, sha256_of, sync
 _PREFIX = "data-"
 _NAME = re.compile(f"{_PREFIX}[0-9a-f]{{16}}")
 _DIGESTS = "digests.json"
+_REMEDY = "bring back a copy of the folder, or delete it and begin anew"
 
 
 class CheckpointFolder:
@@ -51,25 +52,29 @@ class CheckpointFolder:
             raise CheckpointError(f"the checkpoint in {self.path} is damaged: it names {name!r}, which is not there")
         return data
 
-    def checked(self) -> Path:
-        """The complete checkpoint, once its sealed files are found to be as they were written.
+    def checked(self, rank: int = 0, size: int = 1) -> Path:
+        """The complete checkpoint, once its files are found to be as they were written; `size` ranks share them out.
 
         Raises:
-            CheckpointError: there is none, or a file is not.
+            CheckpointError: there is none, or one of this rank's files is not.
         """
         data = self.current()
         try:
             digests = json.loads((data / _DIGESTS).read_text())
-            changed = [name for name, digest in digests.items() if sha256_of(data / name) != digest]
+            own = sorted(digests.items())[rank::size]
+            changed = [name for name, digest in own if sha256_of(data / name) != digest]
         except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {error}") from error
+            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {error}; {_REMEDY}") from error
         if changed:
-            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {changed[0]} is not as it was written")
+            raise CheckpointError(f"the checkpoint in {self.path} is damaged: {changed[0]} is not as it was written; {_REMEDY}")
         return data
 
-    def seal(self, name: str, files: Iterable[str]) -> None:
-        """Note the digests of files of a new checkpoint, for `checked`."""
-        digests = {file: sha256_of(self.path / name / file) for file in files}
+    def digests(self, name: str, pattern: str) -> dict[str, str]:
+        """Of those files of a new checkpoint that match, for `seal`."""
+        return {file.name: sha256_of(file) for file in sorted((self.path / name).glob(pattern))}
+
+    def seal(self, name: str, digests: Mapping[str, str]) -> None:
+        """Note the digests of the files of a new checkpoint, for `checked`."""
         (self.path / name / _DIGESTS).write_text(json.dumps(digests))
         sync(self.path / name / _DIGESTS)
 

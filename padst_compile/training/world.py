@@ -66,6 +66,28 @@ class World:
         distributed.all_gather_object(found, own, group=self.group)
         return next((error for error in found if error is not None), None)
 
+    def collect(self, action: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """All that `action` returns on any rank, which each runs for itself.
+
+        Raises:
+            OSError, RuntimeError: it raised one somewhere; on all ranks.
+        """
+        if self.size == 1:
+            return action()
+        own: dict[str, str] | Exception
+        try:
+            own = action()
+        except (OSError, RuntimeError) as error:
+            own = error
+        found: list[dict[str, str] | Exception] = [own] * self.size
+        distributed.all_gather_object(found, own, group=self.group)
+        union: dict[str, str] = {}
+        for part in found:
+            if isinstance(part, Exception):
+                raise part
+            union |= part
+        return union
+
     def on_first(self, action: Callable[[], str]) -> str:
         """What `action` returns on the first rank, which alone runs it.
 
