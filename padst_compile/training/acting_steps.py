@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from padst_compile.training.config import DSTConfig
+from padst_compile.errors import AttachError
+from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.schedule import is_due
+from padst_compile.training.trained_layer import TrainedLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +56,22 @@ class ActingSteps:
 
     def _is_taken(self, step: int) -> bool:
         return any(is_due(step, self.config, offset) for offset in self.updated)
+
+
+def acting_steps(
+    layers: Sequence[TrainedLayer], config: DSTConfig, method: LearnedPermutation, last: int, end: str
+) -> ActingSteps:
+    """The steps at which a learner with an interval acts on these layers, `last` at the latest, which `end` decides.
+
+    Raises:
+        AttachError: there are none.
+    """
+    interval, first = method.interval or config.interval, layers[0]
+    acting = ActingSteps(interval, first.offset, last, config, tuple({trained.offset for trained in layers}))
+    if next(iter(acting), None) is None:
+        raise AttachError(
+            f"the permutation of layer {first.name!r} would never learn: {method.method!r} first acts at step {acting.first}, "
+            f"or the next one without a topology update, and {end} ends it at step {last}; give LearnedPermutation a shorter "
+            f"interval than {interval}, a later end, or the topology a longer interval than {config.interval}"
+        )
+    return acting

@@ -10,6 +10,8 @@ import torch
 from padst_compile.training.collector import Reducer
 from padst_compile.training.world import World
 
+NOTHING: tuple[tuple[Reducer, ...], tuple[Reducer, ...]] = ((), ())  # what a learner asks for that need not `listen`
+
 
 class PermutationLearner(Protocol):
     """Learns one layer's permutation from what it sees between optimizer steps."""

@@ -68,6 +68,17 @@ class TrainedLayer:
         return first if all(layer.exchanges is first for layer in self.layers) else _NO_EXCHANGES
 
     @property
+    def permutation(self) -> torch.Tensor:
+        """Of the layer, which must have one, int32 `[features]`."""
+        assert self.layer.permutation is not None  # or it would have no learner
+        return self.layer.permutation
+
+    def exchange_sets(self) -> torch.Tensor:
+        """For each place the number of the set within which regroup may exchange it, -1 for none; int64 `[features]`."""
+        size = self.permutation.numel()
+        return torch.zeros(size, dtype=torch.int64) if self.exchanges is None else self.exchanges.independent(size)
+
+    @property
     def has_fine_units(self) -> bool:
         """Whether scores of its units take about as much memory as its dense gradient."""
         return self.active().numel() * _FINE > self.shape.numel

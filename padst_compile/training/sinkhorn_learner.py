@@ -1,0 +1,119 @@
+"""A layer's permutation, or that of layers which share one, as logits behind it: their gradient, and when they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from padst_compile.training.acting_steps import acting_steps
+from padst_compile.training.collector import Reducer, Sum
+from padst_compile.training.config import DSTConfig, LearnedPermutation
+from padst_compile.training.learner import NOTHING
+from padst_compile.training.permutations.blocks import split
+from padst_compile.training.permutations.sinkhorn import SinkhornSTE
+from padst_compile.training.sharding import whole
+from padst_compile.training.trained_layer import TrainedLayer
+from padst_compile.training.world import World
+
+_LEARNING_RATE = 0.05  # of Adam, on the logits
+
+
+class SinkhornLearner:
+    """Logits behind a permutation that is always hard; `permutations.sinkhorn` has the method.
+
+    The gradient of Π follows from the dense gradient G of S, which topology updates compute, too: for `y = S Π x` it is
+    `Sᵀ G Π`, for `y = Π S x` it is `Π G Sᵀ`; only the blocks that may change are computed.
+    """
+
+    penalty = 0.0
+    hard = True
+    hardened_at = 0
+
+    def __init__(
+        self,
+        trained: TrainedLayer,
+        config: DSTConfig,
+        method: LearnedPermutation,
+        followers: Sequence[TrainedLayer] = (),
+    ) -> None:
+        start = trained.permutation
+        assert config.total_steps is not None
+        self.trained = trained
+        deadline = int(method.deadline * config.total_steps)
+        self._acting = acting_steps((trained, *followers), config, method, deadline, "deadline")
+        size, exchanges = start.numel(), trained.exchanges
+        places = [torch.arange(size)] if exchanges is None else exchanges.sets
+        self._learner = SinkhornSTE(
+            start,
+            split(places, size, method.group, trained.name),
+            updates=sum(1 for _ in self._acting),
+            learning_rate=_LEARNING_RATE * method.learning_rate,
+            owner=trained.name,
+        )
+        self._gradients = {each.name: _BlockGradient(each, self._learner) for each in (trained, *followers)}
+
+    def permutation(self) -> torch.Tensor:
+        """See `PermutationLearner`."""
+        return self.trained.permutation
+
+    def listen(self, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """See `PermutationLearner`."""
+        return self.listen_to(self.trained, step)
+
+    def listen_to(self, trained: TrainedLayer, step: int) -> tuple[Sequence[Reducer], Sequence[Reducer]]:
+        """The same for one of the layers that learn together."""
+        self._learner.to(trained.permutation.device)
+        gradient = self._gradients[trained.name] = _BlockGradient(trained, self._learner)
+        return ((), (gradient,)) if step in self._acting else NOTHING
+
+    def after_step(self, step: int, world: World, loss_scale: float) -> None:
+        """See `PermutationLearner`."""
+        if step not in self._acting:
+            return
+        parts = [gradient.total for gradient in self._gradients.values() if gradient.total is not None]
+        if world.any(len(parts) < len(self._gradients), self._learner.logits.device):
+            return
+        total = torch.stack(parts).sum(0)
+        self._learner.update(world.add_up(total).div_(world.size * loss_scale))
+        chosen = world.agree(self._learner.hard())
+        for gradient in self._gradients.values():
+            gradient.trained.layer.set_permutation(chosen)
+
+    def finish(self, world: World) -> None:
+        """See `PermutationLearner`; nothing to harden."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `PermutationLearner`."""
+        return self._learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `PermutationLearner`."""
+        self._learner.load_state_dict(state)
+
+
+class _BlockGradient(Sum):
+    """Adds up the gradient of Π in the blocks of a learner: `total`, float32 `[blocks, width, width]`."""
+
+    def __init__(self, trained: TrainedLayer, learner: SinkhornSTE) -> None:
+        super().__init__()
+        self.trained, self.learner = trained, learner
+
+    def to(self, device: torch.device) -> None:
+        """See `Reducer.to`."""
+        super().to(device)
+        self.learner.to(device)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """See `Reducer.add`; takes the signed gradient."""
+        layer = self.trained.layer
+        assert layer.permutation is not None
+        weight = self.trained.structure.unpack(whole(layer.values), layer.topology, self.trained.shape).float()
+        table, places, features = layer.permutation.long(), self.learner.places, self.learner.features
+        if layer.config.permuted == "input":
+            back = torch.empty_like(table)
+            back[table] = torch.arange(table.numel(), device=table.device)
+            self.gather(torch.einsum("obi,obj->bij", weight[:, places], gradient[:, back[features]]))
+        else:
+            self.gather(torch.einsum("bix,bjx->bij", gradient[table[places]], weight[features]))
