@@ -208,10 +208,27 @@ def train(
     with reported():
         import_modules(imports or ())
         sparse = SparseTraining(
-            structure or "block:16", sparsity, permutation, side, foldable, tuple(targets or ()), method, interval, fraction,
-            end, ablation, deadline, distribution, score, mest_weight, gradient_rows, penalty_weight, threshold,
-            permutation_warmup, permutation_lr,
-        )  # fmt: skip
+            structure or "block:16",
+            sparsity=sparsity,
+            permutation=permutation,
+            side=side,
+            foldable=foldable,
+            targets=tuple(targets or ()),
+            method=method,
+            interval=interval,
+            fraction=fraction,
+            end=end,
+            ablation=ablation,
+            deadline=deadline,
+            distribution=distribution,
+            score=score,
+            mest_weight=mest_weight,
+            gradient_rows=gradient_rows,
+            penalty_weight=penalty_weight,
+            threshold=threshold,
+            permutation_warmup=permutation_warmup,
+            permutation_lr=permutation_lr,
+        )
         if preset is None:
             specification, dst = sparse.resolve(steps=steps, seed=seed)
         else:

@@ -87,7 +87,7 @@ def test_files_of_another_kind_are_refused() -> None:
 
 
 def test_short_names_stand_for_specification_and_training() -> None:
-    short = SparseTraining("nm:1:4", None, "autoshuffle", targets=("*.mlp.*",), method="set", interval=7, deadline=0.2)
+    short = SparseTraining("nm:1:4", permutation="autoshuffle", targets=("*.mlp.*",), method="set", interval=7, deadline=0.2)
     spec, dst = short.resolve(steps=90, seed=3)
     assert spec == padst.SparsitySpec(padst.NM(1, 4), permutation="learned", targets=("*.mlp.*",), seed=3)
     learned = LearnedPermutation("autoshuffle", deadline=0.2)
@@ -99,8 +99,8 @@ def test_short_names_stand_for_specification_and_training() -> None:
 
 def test_short_names_reach_every_choice_of_training() -> None:
     short = SparseTraining(
-        "block:4", 0.8, "autoshuffle", method="mest", distribution="erk", score="l2", mest_weight=0.5, penalty_weight=2.0,
-        threshold=0.2, permutation_warmup=0.3, permutation_lr=0.25,
+        "block:4", sparsity=0.8, permutation="autoshuffle", method="mest", distribution="erk", score="l2", mest_weight=0.5,
+        penalty_weight=2.0, threshold=0.2, permutation_warmup=0.3, permutation_lr=0.25,
     )  # fmt: skip
     spec, dst = short.resolve(steps=90, seed=0)
     assert spec is not None and spec.distribution == "erk"
@@ -113,7 +113,7 @@ def test_short_names_reach_every_choice_of_training() -> None:
 
 
 def test_gradual_pruning_begins_dense_and_ends_with_the_sparsity() -> None:
-    spec, dst = SparseTraining("block:8", 0.8, method="magnitude").resolve(steps=90, seed=0)
+    spec, dst = SparseTraining("block:8", sparsity=0.8, method="magnitude").resolve(steps=90, seed=0)
     assert spec is not None and dst is not None and (spec.sparsity, dst.final_sparsity) == (0.0, 0.8)
     config = TrainConfig("hf:gpt2", "a.txt", sparsity=spec, dst=dst, steps=90)
     assert config.final_sparsity == padst.SparsitySpec(padst.Block(8), sparsity=0.8)

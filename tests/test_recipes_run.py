@@ -130,13 +130,15 @@ def assert_same(one: RunFolder, other: RunFolder) -> None:
 
 WAYS = {
     "dense": SparseTraining("dense"),
-    "fixed": SparseTraining("diagonal", 0.75, permutation="random", method="none"),
-    "rigl with autoshuffle": SparseTraining("block:8", 0.75, permutation="autoshuffle", interval=3),
+    "fixed": SparseTraining("diagonal", sparsity=0.75, permutation="random", method="none"),
+    "rigl with autoshuffle": SparseTraining("block:8", sparsity=0.75, permutation="autoshuffle", interval=3),
     "set with sinkhorn": SparseTraining("nm:1:4", permutation="sinkhorn_ste", method="set", interval=3),
-    "mest with regroup": SparseTraining("block:8", 0.75, permutation="regroup", method="mest", interval=3),
-    "static with autoshuffle": SparseTraining("unstructured", 0.75, permutation="autoshuffle", method="static"),
-    "gradual pruning": SparseTraining("block:8", 0.75, method="magnitude", interval=3),
-    "diagonals by a soft top-K": SparseTraining("diagonal", 0.75, permutation="regroup", method="dynadiag", interval=3),
+    "mest with regroup": SparseTraining("block:8", sparsity=0.75, permutation="regroup", method="mest", interval=3),
+    "static with autoshuffle": SparseTraining("unstructured", sparsity=0.75, permutation="autoshuffle", method="static"),
+    "gradual pruning": SparseTraining("block:8", sparsity=0.75, method="magnitude", interval=3),
+    "diagonals by a soft top-K": SparseTraining(
+        "diagonal", sparsity=0.75, permutation="regroup", method="dynadiag", interval=3
+    ),
 }
 SMALL_BLOCKS = dataclasses.replace(WAYS["rigl with autoshuffle"], structure="block:2")  # its token mixers are small
 

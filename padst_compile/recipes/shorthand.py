@@ -49,6 +49,7 @@ class SparseTraining:
     """
 
     structure: str = "block:16"
+    _: dataclasses.KW_ONLY
     sparsity: float | None = None
     permutation: str = FIXED
     side: str = "input"
