@@ -48,7 +48,7 @@ def arguments(
 def run(
     description: str | None, cases: Sequence[tuple[Any, ...]], measure: Callable[..., Comparison], repetitions: int, name: str
 ) -> None:
-    """Measure every case and write `results/cpu-NAME.json`, or as --out and --prefix say; with --quick, one case and no file.
+    """Measure every case, and keep it in `results/cpu-NAME.json`, or as --out and --prefix say; with --quick, one, and no file.
 
     Args:
         description: the script's docstring, for --help.
@@ -65,6 +65,8 @@ def run(
     for case in cases[:1] if quick else cases:
         console.print("measuring", *case)
         comparisons.append(measure(*case, repetitions=3 if quick else repetitions))
+        if not quick:
+            write_results(comparisons, given.out)  # what is measured is kept, whatever becomes of the others
     console.print(comparison_table(comparisons, f"{name}, one thread, medians of interleaved calls"))
     if not quick:
-        console.print(f"written to {write_results(comparisons, given.out)}")
+        console.print(f"written to {given.out}")
