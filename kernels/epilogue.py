@@ -30,25 +30,37 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(sums, bias, gate, residual, features, feature_mask, places, mask, ACTIVATION: tl.constexpr):
-    """`act(sums + bias) * gate + residual` for a tile of float32 sums, in float32.
+def write_tile(
+    y, sums, bias, gate, residual, table, token, feature, token_mask, feature_mask, token_stride, feature_stride,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Write `act(sums + bias) * gate + residual` for a tile of sums, computed in float32.
 
     Args:
-        sums: the tile, in any orientation.
+        y: pointer to the output.
+        sums: float32 [tokens, outputs].
         bias: pointer to the bias, or None.
         gate: pointer to a tensor laid out like the output, or None.
         residual: pointer to a tensor laid out like the output, or None.
-        features: the output feature of each sum, in a shape that broadcasts to the tile's ([1, outputs], say).
-        feature_mask: which features exist, in the shape of `features`.
-        places: offset of each sum in the output, in elements; int64 where the output may be large.
-        mask: which sums exist, in the shape of the tile.
+        table: pointer to int32 [features], the output that each feature is written to, or None for the same.
+        token: of each row of the tile.
+        feature: of each column of the tile.
+        token_mask: which tokens exist.
+        feature_mask: which features exist.
+        token_stride: of the output, in elements, like the next one.
+        feature_stride: of the output.
         ACTIVATION: one of `ACTIVATIONS`.
     """
+    target = feature
+    if table is not None:
+        target = tl.load(table + feature, mask=feature_mask, other=0)
+    places = (token.to(tl.int64) * token_stride)[:, None] + (target.to(tl.int64) * feature_stride)[None, :]
+    mask = token_mask[:, None] & feature_mask[None, :]
     if bias is not None:
-        sums += tl.load(bias + features, mask=feature_mask, other=0.0).to(tl.float32)
+        sums += tl.load(bias + target[None, :], mask=feature_mask[None, :], other=0.0).to(tl.float32)
     sums = activate(sums, ACTIVATION)
     if gate is not None:
         sums *= tl.load(gate + places, mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
         sums += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
-    return sums
+    tl.store(y + places, sums.to(y.dtype.element_ty), mask=mask)

@@ -198,67 +198,51 @@ class TestTiles:
         assert torch.equal(first, second)
 
 
+# Blocks are joined only where they divide the inputs.
+WHOLE_CASES = ((Block(16), Shape(50, 96)), (Block((5, 7)), Shape(23, 49)), (Block((24, 40)), Shape(48, 120)))
+VARIANTS = [("joined", *case) for case in WHOLE_CASES] + [("ahead", *case) for case in CASES]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("depth", [16, 64])
-class TestJoinedBlocks:
-    """Several blocks in one step, whole or in part."""
+class TestVariants:
+    """Several blocks in one step, whole or in part; and inputs that are loaded a step before they are multiplied."""
 
-    @pytest.mark.parametrize(
-        ("structure", "shape"),
-        [(Block(16), Shape(50, 96)), (Block((5, 7)), Shape(23, 49)), (Block((24, 40)), Shape(48, 120))],
-        ids=str,
-    )
+    @pytest.mark.parametrize(("variant", "structure", "shape"), VARIANTS, ids=str)
     def test_forward_and_input_gradient(
-        self, structure: Block, shape: Shape, depth: int, dtype: torch.dtype, triton_device: torch.device, use_tile
+        self,
+        variant: str,
+        structure: Block,
+        shape: Shape,
+        depth: int,
+        dtype: torch.dtype,
+        triton_device: torch.device,
+        use_tile,
     ) -> None:
-        use_tile(Tile(16, 16, depth, variant="joined"))
+        use_tile(Tile(16, 16, depth, variant=variant))
         layer = TritonLayer.random(structure, shape, dtype, triton_device)
         full = dataclasses.replace(layer.with_extras(bias=True, into=True, out=True), residual=layer.random_output(19))
         for x in (layer.random_input(19), layer.random_input(19).T.contiguous().T):
             layer.check(x)
             full.check(x)
-        # The transposed product is joined too where its blocks divide the outputs.
+        # Blocks of the transposed product are joined too where they divide the outputs.
         grad, weight = layer.random_output(19), weight_of(layer)
         found = PRODUCT.input_gradient(structure, grad, layer.values, layer.topology, shape.in_features)
         assert_within(found, grad.double() @ weight, grad.double().abs() @ weight.abs() * sum_error(shape.out_features))
 
-    def test_rows_without_blocks(self, depth: int, dtype: torch.dtype, triton_device: torch.device, use_tile) -> None:
-        use_tile(Tile(16, 16, depth, variant="joined"))
-        pointers = torch.tensor([0, 0, 3, 3, 4], dtype=torch.int32, device=triton_device)
-        columns = torch.tensor([0, 1, 2, 1], dtype=torch.int32, device=triton_device)
-        values = torch.randn(4, 16, 16, device=triton_device).to(dtype)
-        layer = TritonLayer(Block(16), Shape(64, 48), values, (pointers, columns)).with_extras(bias=True, out=True)
-        layer.check(layer.random_input(5))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-class TestInputsAhead:
-    """Inputs that come one by one are loaded a step before they are multiplied."""
-
-    @pytest.mark.parametrize("depth", [16, 64])
-    @pytest.mark.parametrize(("structure", "shape"), CASES, ids=str)
-    def test_forward_and_input_gradient(
-        self, structure: Block, shape: Shape, depth: int, dtype: torch.dtype, triton_device: torch.device, use_tile
+    @pytest.mark.parametrize(("variant", "in_features"), [("joined", 48), ("ahead", 48), ("ahead", 43)])
+    def test_rows_without_blocks_and_what_lies_beyond(
+        self, variant: str, in_features: int, depth: int, dtype: torch.dtype, triton_device: torch.device, use_tile
     ) -> None:
-        use_tile(Tile(16, 16, depth, variant="ahead"))
-        layer = TritonLayer.random(structure, shape, dtype, triton_device)
-        full = dataclasses.replace(layer.with_extras(bias=True, into=True, out=True), residual=layer.random_output(19))
-        for x in (layer.random_input(19), layer.random_input(19).T.contiguous().T):
-            layer.check(x)
-            full.check(x)
-        grad, weight = layer.random_output(19), weight_of(layer)
-        found = PRODUCT.input_gradient(structure, grad, layer.values, layer.topology, shape.in_features)
-        assert_within(found, grad.double() @ weight, grad.double().abs() @ weight.abs() * sum_error(shape.out_features))
-
-    def test_rows_without_blocks_and_what_lies_beyond(self, dtype: torch.dtype, triton_device: torch.device, use_tile) -> None:
-        use_tile(Tile(16, 16, 16, variant="ahead"))
+        use_tile(Tile(16, 16, depth, variant=variant))
         pointers = torch.tensor([0, 0, 3, 3, 4], dtype=torch.int32, device=triton_device)
         columns = torch.tensor([0, 1, 2, 1], dtype=torch.int32, device=triton_device)
         values = torch.randn(4, 16, 16, device=triton_device).to(dtype)
-        layer = TritonLayer(Block(16), Shape(64, 43), values, (pointers, columns)).with_extras(bias=True, into=True, out=True)
+        layer = TritonLayer(Block(16), Shape(64, in_features), values, (pointers, columns))
+        layer = layer.with_extras(bias=True, into=True, out=True)
         x = layer.random_input(5)
         layer.check(x)
-        layer.values[2, 11:] = torch.nan  # of inputs 43 to 47
+        values[2, in_features - 32 :] = torch.nan  # of inputs that are not there
         assert torch.equal(run(layer, x), run(dataclasses.replace(layer, values=values.nan_to_num(0.0)), x))
 
 

@@ -24,9 +24,9 @@ from padst_compile.kernels import triton_support
 from padst_compile.kernels.block.tiles import default_tile
 from padst_compile.kernels.block.triton_ahead import block_ahead_kernel
 from padst_compile.kernels.block.triton_joined import block_joined_kernel
-from padst_compile.kernels.block.triton_parts import entry_of, load_tile, row_range, swizzle
+from padst_compile.kernels.block.triton_parts import entry_of, load_tile, outputs_of, row_range, tile_of
 from padst_compile.kernels.dot import dot
-from padst_compile.kernels.epilogue import finish
+from padst_compile.kernels.epilogue import write_tile
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.token_shares import TokenShares, partial_sums, share_tokens, total
@@ -107,18 +107,14 @@ def block_linear_kernel(
         DEPTH: inputs of a step.
         GROUP: token tiles that run next to each other.
     """
-    parts: tl.constexpr = (ROWS + OUTPUTS - 1) // OUTPUTS  # tiles of a block row
     steps: tl.constexpr = (COLUMNS + DEPTH - 1) // DEPTH  # of one block
     value_input_stride: tl.constexpr = 1 if TRANSPOSED else ROWS
     value_output_stride: tl.constexpr = COLUMNS if TRANSPOSED else 1
 
-    token_tile, output_tile = swizzle(tl.program_id(0), tl.cdiv(tokens, TOKENS), row_count * parts, GROUP)
-    row, part = output_tile // parts, output_tile % parts
+    token_tile, row, part = tile_of(tl.program_id(0), tokens, row_count, ROWS, TOKENS, OUTPUTS, GROUP)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     token_mask = token < tokens
-    place_in_row = part * OUTPUTS + tl.arange(0, OUTPUTS)
-    feature = row * ROWS + place_in_row
-    feature_mask = (place_in_row < ROWS) & (feature < out_features)
+    place_in_row, feature, feature_mask = outputs_of(row, part, out_features, ROWS, OUTPUTS)
     inner = tl.arange(0, DEPTH)
 
     if not DESCRIPTOR:
@@ -162,13 +158,10 @@ def block_linear_kernel(
             next_inner = ((step + 1) % steps) * DEPTH + inner
             source = _permuted_inputs(input_table, column, next_inner, in_features, COLUMNS)
 
-    target = feature
-    if output_table is not None:
-        target = tl.load(output_table + feature, mask=feature_mask, other=0)
-    places = (token.to(tl.int64) * y_token_stride)[:, None] + (target.to(tl.int64) * y_feature_stride)[None, :]
-    mask = token_mask[:, None] & feature_mask[None, :]
-    sums = finish(sums, bias, gate, residual, target[None, :], feature_mask[None, :], places, mask, ACTIVATION)
-    tl.store(y + places, sums.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        y, sums, bias, gate, residual, output_table, token, feature, token_mask, feature_mask,
+        y_token_stride, y_feature_stride, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -8,9 +8,9 @@ time. So blocks 16 wide take a quarter of the steps, with products of tiles as d
 import triton
 import triton.language as tl
 
-from padst_compile.kernels.block.triton_parts import load_tile, row_range, swizzle
+from padst_compile.kernels.block.triton_parts import load_tile, outputs_of, row_range, tile_of
 from padst_compile.kernels.dot import dot
-from padst_compile.kernels.epilogue import finish
+from padst_compile.kernels.epilogue import write_tile
 
 
 @triton.jit
@@ -52,16 +52,12 @@ def block_joined_kernel(
 
     Blocks divide the inputs. `DEPTH` may be any power of two from 16; `RUN` is one that divides `COLUMNS`.
     """
-    parts: tl.constexpr = (ROWS + OUTPUTS - 1) // OUTPUTS
     value_input_stride: tl.constexpr = 1 if TRANSPOSED else ROWS
     value_output_stride: tl.constexpr = COLUMNS if TRANSPOSED else 1
-    token_tile, output_tile = swizzle(tl.program_id(0), tl.cdiv(tokens, TOKENS), row_count * parts, GROUP)
-    row, part = output_tile // parts, output_tile % parts
+    token_tile, row, part = tile_of(tl.program_id(0), tokens, row_count, ROWS, TOKENS, OUTPUTS, GROUP)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     token_mask = token < tokens
-    place_in_row = part * OUTPUTS + tl.arange(0, OUTPUTS)
-    feature = row * ROWS + place_in_row
-    feature_mask = (place_in_row < ROWS) & (feature < out_features)
+    place_in_row, feature, feature_mask = outputs_of(row, part, out_features, ROWS, OUTPUTS)
     inner = tl.arange(0, DEPTH)
     read_token = token if TOKENS_ADJACENT else tl.minimum(token, tokens - 1)
     x += (read_token.to(tl.int64) * x_token_stride)[:, None]
@@ -84,13 +80,10 @@ def block_joined_kernel(
         source = _sources(columns + first, input_table, following, depth, COLUMNS, RUN)
         weight = _weights(order, first, following, depth, ROWS, COLUMNS, value_input_stride)
 
-    target = feature
-    if output_table is not None:
-        target = tl.load(output_table + feature, mask=feature_mask, other=0)
-    places = (token.to(tl.int64) * y_token_stride)[:, None] + (target.to(tl.int64) * y_feature_stride)[None, :]
-    mask = token_mask[:, None] & feature_mask[None, :]
-    sums = finish(sums, bias, gate, residual, target[None, :], feature_mask[None, :], places, mask, ACTIVATION)
-    tl.store(y + places, sums.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        y, sums, bias, gate, residual, output_table, token, feature, token_mask, feature_mask,
+        y_token_stride, y_feature_stride, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from padst_compile.kernels import triton_support
 from padst_compile.kernels.block.triton import Blocks
-from padst_compile.kernels.block.triton_parts import load_tile, swizzle
+from padst_compile.kernels.block.triton_parts import load_tile, outputs_of, tile_of
 from padst_compile.kernels.dot import dot
-from padst_compile.kernels.epilogue import activate, finish
+from padst_compile.kernels.epilogue import activate, write_tile
 from padst_compile.kernels.launch import Tile
 from padst_compile.kernels.triton_support import Launch
 
@@ -90,16 +90,12 @@ def block_mlp_kernel(
         WIDTH: at least `HIDDEN`.
         GROUP: token tiles that run next to each other.
     """
-    parts: tl.constexpr = (ROWS + OUTPUTS - 1) // OUTPUTS
     steps: tl.constexpr = (COLUMNS + DEPTH - 1) // DEPTH
-    token_tile, output_tile = swizzle(tl.program_id(0), tl.cdiv(tokens, TOKENS), row_count * parts, GROUP)
-    row, part = output_tile // parts, output_tile % parts
+    token_tile, row, part = tile_of(tl.program_id(0), tokens, row_count, ROWS, TOKENS, OUTPUTS, GROUP)
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     token_mask = token < tokens
     inner, unit = tl.arange(0, DEPTH), tl.arange(0, WIDTH)
-    place_in_row = part * OUTPUTS + tl.arange(0, OUTPUTS)
-    feature = row * ROWS + place_in_row
-    feature_mask = (place_in_row < ROWS) & (feature < out_features)
+    place_in_row, feature, feature_mask = outputs_of(row, part, out_features, ROWS, OUTPUTS)
     # Tokens that do not exist read the last one that does.
     x += (tl.minimum(token, tokens - 1).to(tl.int64) * x_token_stride)[:, None]
     first_values += (inner * HIDDEN)[:, None] + unit[None, :]
@@ -132,10 +128,10 @@ def block_mlp_kernel(
         # Rounded as the hidden tensor would be on its way through memory.
         sums = dot(hidden.to(y.dtype.element_ty), weights, sums, PRECISION)
 
-    places = (token.to(tl.int64) * y_token_stride)[:, None] + (feature.to(tl.int64) * y_feature_stride)[None, :]
-    mask = token_mask[:, None] & feature_mask[None, :]
-    sums = finish(sums, second_bias, None, residual, feature[None, :], feature_mask[None, :], places, mask, "none")
-    tl.store(y + places, sums.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        y, sums, second_bias, None, residual, None, token, feature, token_mask, feature_mask,
+        y_token_stride, y_feature_stride, "none",
+    )  # fmt: skip
 
 
 def block_mlp(

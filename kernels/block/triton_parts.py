@@ -15,6 +15,22 @@ def swizzle(program, token_tiles, output_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def tile_of(program, tokens, row_count, ROWS: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr):
+    """What a program computes: a tile of tokens, and of which block row which part."""
+    parts: tl.constexpr = (ROWS + OUTPUTS - 1) // OUTPUTS
+    token_tile, output_tile = swizzle(program, tl.cdiv(tokens, TOKENS), row_count * parts, GROUP)
+    return token_tile, output_tile // parts, output_tile % parts
+
+
+@triton.jit
+def outputs_of(row, part, out_features, ROWS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """Of a part of a block row: the places of its outputs in the row, their features, and which of these exist."""
+    place_in_row = part * OUTPUTS + tl.arange(0, OUTPUTS)
+    feature = row * ROWS + place_in_row
+    return place_in_row, feature, (place_in_row < ROWS) & (feature < out_features)
+
+
+@triton.jit
 def load_tile(pointers, row_mask, column_mask, WHOLE_ROWS: tl.constexpr, WHOLE_COLUMNS: tl.constexpr):
     """A tile with zeros where a mask is false; a mask that is known to be true everywhere costs nothing."""
     if WHOLE_ROWS and WHOLE_COLUMNS:

@@ -11,8 +11,8 @@ Sums are in float32. No kernel adds to what another program writes, so results a
 
 What the kernels take: `x`, `short`, `long` and `y` point to activations, whose strides are given beside them; `values` to
 [diagonals, length] and `offsets` to ascending int32 [diagonals], both contiguous; `read` is the input permutation, `write` the
-inverse of the output permutation, and `bias`, `gate` and `residual` are those of `epilogue.finish`: each of them a pointer or
-None. TOKENS, OUTPUTS and DEPTH are those of the tile: powers of two.
+inverse of the output permutation, and `bias`, `gate` and `residual` are those of `epilogue.write_tile`: each of them a pointer
+or None. TOKENS, OUTPUTS and DEPTH are those of the tile: powers of two.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from padst_compile.kernels import triton_support
 from padst_compile.kernels.diagonal.tiles import default_tile
-from padst_compile.kernels.epilogue import finish
+from padst_compile.kernels.epilogue import write_tile
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Tile, tile_for
 from padst_compile.kernels.token_shares import TokenShares, partial_sums, share_tokens, total
@@ -87,12 +87,10 @@ def diagonal_kernel(
         inputs = tl.load(places, mask=token_mask[:, None, None] & live[None, :, :], other=0.0)
         sums += inputs.to(tl.float32) * weights.to(tl.float32)[None, :, :]
 
-    feature = row if write is None else tl.load(write + row, mask=row_mask, other=0)
-    places = token.to(tl.int64)[:, None] * y_token_stride + feature.to(tl.int64)[None, :] * y_feature_stride
-    mask = token_mask[:, None] & row_mask[None, :]
-    result = tl.sum(sums, 1)
-    result = finish(result, bias, gate, residual, feature[None, :], row_mask[None, :], places, mask, ACTIVATION)
-    tl.store(y + places, result.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        y, tl.sum(sums, 1), bias, gate, residual, write, token, row, token_mask, row_mask,
+        y_token_stride, y_feature_stride, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -12,8 +12,8 @@ Sums are in float32. No kernel adds to what another program writes, so results a
 
 What the kernels take alike: `x`, `grad` and `y` point to activations, whose strides are given beside them; `values` to
 [row groups, slots, VECTOR] and `offsets` to uint8 [row groups, slots], both contiguous; `read` is the input permutation, and
-`bias`, `gate` and `residual` are those of `epilogue.finish`: each of them a pointer or None. N, M and VECTOR are those of the
-structure; TOKENS, OUTPUTS and DEPTH those of the tile: powers of two, from 16 on for `dot`.
+`bias`, `gate` and `residual` are those of `epilogue.write_tile`: each of them a pointer or None. N, M and VECTOR are those of
+the structure; TOKENS, OUTPUTS and DEPTH those of the tile: powers of two, from 16 on for `dot`.
 
 Rows that share nothing have another form in 16 bits, which a tuner compares with this one: every 1:M choice is a 2:4 one, too,
 which sparse tensor cores multiply at up to twice the dense rate (`kernels/cusparselt/`).
@@ -27,7 +27,7 @@ import triton.language as tl
 
 from padst_compile.kernels import triton_support
 from padst_compile.kernels.dot import dot
-from padst_compile.kernels.epilogue import finish
+from padst_compile.kernels.epilogue import write_tile
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.nm.tiles import default_tile
@@ -81,11 +81,9 @@ def nm_dot_kernel(
         column = _columns(offsets, read, slot, slot, live, N, M)
         sums = dot(inputs, weights, sums, PRECISION)
 
-    feature = row if write is None else tl.load(write + row, mask=row_mask, other=0)
-    places = token.to(tl.int64)[:, None] * y_token_stride + feature.to(tl.int64)[None, :] * y_feature_stride
-    mask = token_mask[:, None] & row_mask[None, :]
-    sums = finish(sums, bias, gate, residual, feature[None, :], row_mask[None, :], places, mask, ACTIVATION)
-    tl.store(y + places, sums.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        y, sums, bias, gate, residual, write, token, row, token_mask, row_mask, y_token_stride, y_feature_stride, ACTIVATION
+    )  # fmt: skip
 
 
 @triton.jit
@@ -118,11 +116,10 @@ def nm_gather_kernel(
         column = _columns(offsets, read, first + slot, slot, live, N, M)
         sums += inputs.to(tl.float32) * weights.to(tl.float32)[None, :, :]
 
-    places = token.to(tl.int64)[:, None] * y_token_stride + feature.to(tl.int64)[None, :] * y_feature_stride
-    mask = token_mask[:, None] & feature_mask[None, :]
-    total = tl.sum(sums, 2)
-    total = finish(total, bias, gate, residual, feature[None, :], feature_mask[None, :], places, mask, ACTIVATION)
-    tl.store(y + places, total.to(y.dtype.element_ty), mask=mask)
+    write_tile(
+        y, tl.sum(sums, 2), bias, gate, residual, None, token, feature, token_mask, feature_mask,
+        y_token_stride, y_feature_stride, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
