@@ -23,6 +23,7 @@ struct NmMatrix {
   const float* values;
 
   static constexpr int64_t kExtraRows = 0;
+  static constexpr bool kAddsTokens = true;
 
   int64_t chunk_step() const {
     return m;
@@ -134,6 +135,7 @@ class NmTransposed {
   const int64_t in_features, out_features;
 
   static constexpr int64_t kExtraRows = 0;
+  static constexpr bool kAddsTokens = false;
 
   explicit NmTransposed(const NmMatrix& s)
       : in_features(s.out_features),
@@ -158,10 +160,6 @@ class NmTransposed {
   int64_t row_step() const {
     return 2;
   }
-  int64_t few_tokens() const {
-    return 0;
-  }
-  void add_tokens(const TokenInputs&, Range, const TokenSums&) const {}
 
   template <int64_t kTokens>
   void extend(float*) const {}
@@ -236,6 +234,7 @@ class DiagonalMatrix {
   // A group of rows reads kRows - 1 features beyond the last, which are the first again.
   static constexpr int kRows = 4;
   static constexpr int64_t kExtraRows = kRows - 1;
+  static constexpr bool kAddsTokens = true;
 
   DiagonalMatrix(int64_t in_features, int64_t out_features, const int32_t* offsets, int64_t diagonals, const float* values)
       : in_features(in_features),
@@ -432,9 +431,11 @@ void run(
   const int32_t* in_table = permutation_pointer(input_permutation, s.in_features, "input_permutation");
   const int32_t* out_table = permutation_pointer(output_permutation, s.out_features, "output_permutation");
   const int64_t tokens = layout.tokens(), threads = at::get_num_threads();
-  if (tokens <= s.few_tokens() && !layout.from_panels() && !layout.to_panels()) {
-    run_few<T>(s, x, tokens, epilogue.pointers<T>(), in_table, out_table, y);
-    return;
+  if constexpr (S::kAddsTokens) {
+    if (tokens <= s.few_tokens() && !layout.from_panels() && !layout.to_panels()) {
+      run_few<T>(s, x, tokens, epilogue.pointers<T>(), in_table, out_table, y);
+      return;
+    }
   }
   std::vector<int32_t> target, inverse;
   if (in_table != nullptr) {

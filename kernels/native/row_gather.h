@@ -10,6 +10,9 @@
 //   kExtraRows                            rows of the panel beyond in_features, which extend(panel) fills
 //   chunk_step(), row_step()              what boundaries between chunks of inputs and parts of the rows are multiples of
 //   multiply(panel, inputs, rows, sums)   adds the chunk `inputs` of a panel to the sums of `rows`
+//   kAddsTokens                           whether a few tokens are multiplied without a panel (few_tokens.h), by
+//     few_tokens()                          the most tokens for which that takes less time, and
+//     add_tokens(x, rows, sums)             adds `rows` of S times x to sums
 #pragma once
 
 #include <ATen/Parallel.h>
