@@ -42,6 +42,7 @@ from padst_compile.passes.sparsify_linears import SparsifyLinears
 from padst_compile.passes.split_gates import SplitGates
 from padst_compile.passes.tanh_gate import TanhGate
 from padst_compile.passes.unfold_patches import UnfoldPatches
+from padst_compile.passes.widen_values import WidenValues
 from padst_compile.registered import record, same_origin
 from padst_compile.spec import SpecLike
 
@@ -69,6 +70,7 @@ RULES: tuple[type[Pass], ...] = (
     FuseResidual,
     KeepFeatureMajor,
     InterleaveBlocks,
+    WidenValues,
     FuseMlp,
     TanhGate,
 )

@@ -16,6 +16,7 @@ from padst_compile.kernels.cusparselt.op import two_of_four_linear, two_of_four_
 from padst_compile.kernels.cusparselt.trial import assert_exact
 from padst_compile.passes.graph import STRUCTURED_LINEAR
 from padst_compile.passes.interleave_blocks import interleaved
+from padst_compile.passes.widen_values import widened
 from padst_compile.structures import Shape, Structure, Topology
 
 
@@ -49,7 +50,7 @@ class Trial:
         weight = self.structure.unpack(values, self.topology, self.shape).requires_grad_(training)
         values = values.clone().requires_grad_(training)
         if not training and sparse == "native":
-            values = interleaved(self.structure, values, self.topology, self.shape)
+            values = widened(self.structure, interleaved(self.structure, values, self.topology, self.shape))
         size, name = self.shape.out_features, self.structure.to_string()
 
         def run(product: Callable[[], torch.Tensor]) -> Callable[[], Any]:

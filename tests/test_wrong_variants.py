@@ -59,6 +59,7 @@ from padst_compile.passes import (
     split_gates,
     tanh_gate,
     unfold_patches,
+    widen_values,
 )
 from padst_compile.passes.axes import axis, orders, trace
 from padst_compile.passes.axes.rules import (
@@ -73,7 +74,7 @@ from padst_compile.passes.axes.rules import (
     reshapes,
     structured,
 )
-from padst_compile.passes.graph import PERMUTE, STRUCTURED_LINEAR, argument
+from padst_compile.passes.graph import PERMUTE, STRUCTURED_LINEAR, argument, fake
 from padst_compile.passes.native_calls import epilogue, is_native_linear, layouts
 from padst_compile.passes.pipeline import Pipeline
 from padst_compile.passes.place_permutations import Placement, _Rewriting
@@ -720,6 +721,7 @@ PAIR_GRAPHS: dict[str, Graph] = {
     "16-bit blocks": pairs_graph(padst.Block((8, 6)), "interleaved"),
     "16-bit blocks with odd numbers of inputs": pairs_graph(padst.Block((8, 5)), ""),
     "blocks of float32": pairs_graph(padst.Block((8, 6)), "", torch.float32),
+    "16-bit diagonals": pairs_graph(padst.Diagonal(), "widened"),
 }
 if native.load():
     GRAPHS |= ROW_GRAPHS
@@ -753,7 +755,9 @@ def forms(facts: context.Context) -> tuple[str, ...]:
         if not is_native_linear(node):
             continue
         values = argument(node, "values")
-        arranged = ("interleaved",) if facts.is_static(values) and facts.value(values).dim() == 4 else ()
+        known = facts.value(values) if facts.is_static(values) else None
+        arranged: tuple[str, ...] = ("interleaved",) if known is not None and known.dim() == 4 else ()
+        arranged += ("widened",) if known is not None and known.dtype != fake(node).dtype else ()
         found.append(", ".join(epilogue(node) + layouts(node) + arranged))
     return tuple(found)
 
@@ -1212,6 +1216,10 @@ VARIANTS: Mapping[str, Variant] = {
     "InterleaveBlocks: takes outputs for inputs": Variant(
         interleave_blocks.InterleaveBlocks.rewrite, "_in_features(node), argument", 'argument(node, "out_features"), argument',
         "16-bit blocks"),
+    "WidenValues: any native product": Variant(
+        widen_values.WidenValues.matches, "is_row_gather(node) and", "", "16-bit blocks"),
+    "WidenValues: converts in each call": Variant(
+        widen_values.WidenValues.rewrite, "facts.hoist(wide)", "wide", "16-bit diagonals"),
     "FoldDiagonals: the stride permutation before the table": Variant(
         fold_diagonals.multiply_blocks, "compose(graph, into, before)", "compose(graph, before, into)", "diagonals in classes"),
     "FoldDiagonals: the table before the stride permutation": Variant(

@@ -76,11 +76,14 @@ class PermutationTables {
   std::vector<int32_t> inverse_;
 };
 
-inline void check_operands(const at::Tensor& x, const at::Tensor& values, int64_t out_features) {
+// `float_values`: values in float32 go with any x.
+inline void check_operands(const at::Tensor& x, const at::Tensor& values, int64_t out_features, bool float_values = false) {
   TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "x must be [..., in_features], got ", x.sizes());
   TORCH_CHECK(out_features > 0, "out_features must be positive, got ", out_features);
   TORCH_CHECK(x.device().is_cpu() && values.device().is_cpu(), "x and values must be on the CPU");
-  TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x is ", x.scalar_type(), " but values are ", values.scalar_type());
+  TORCH_CHECK(
+      x.scalar_type() == values.scalar_type() || (float_values && values.scalar_type() == at::kFloat), "x is ", x.scalar_type(),
+      " but values are ", values.scalar_type());
 }
 
 // The two operands of a gradient of values, both [tokens, features].

@@ -498,7 +498,7 @@ at::Tensor nm_linear(
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation,
     int64_t out_features, int64_t n, int64_t m, std::string_view activation, const OptionalTensor& residual,
     const OptionalTensor& gate, at::OptionalIntArrayRef panels_of, bool to_panels) {
-  check_operands(x_in, values_in, out_features);
+  check_operands(x_in, values_in, out_features, /*float_values=*/true);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "nm_linear has no native kernel for ", x_in.scalar_type());
   const Layout layout(x_in, panels_of, to_panels);
   const at::Tensor x = x_in.contiguous(), values = values_in.to(at::kFloat).contiguous();
@@ -525,7 +525,7 @@ at::Tensor diagonal_linear(
     const OptionalTensor& input_permutation, const OptionalTensor& output_permutation, int64_t out_features,
     std::string_view activation, const OptionalTensor& residual, const OptionalTensor& gate, at::OptionalIntArrayRef panels_of,
     bool to_panels) {
-  check_operands(x_in, values_in, out_features);
+  check_operands(x_in, values_in, out_features, /*float_values=*/true);
   TORCH_CHECK(row_gather_supports(x_in.scalar_type()), "diagonal_linear has no native kernel for ", x_in.scalar_type());
   const Layout layout(x_in, panels_of, to_panels);
   const int64_t in_features = layout.in_features(), length = std::min(in_features, out_features), diagonals = offsets_in.numel();

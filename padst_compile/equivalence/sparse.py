@@ -101,7 +101,7 @@ def _native_nm_linear(
     tables = (bias, input_permutation, output_permutation)
     x = x if panels_of is None else _from_panels(x, panels_of)
     gate = gate if gate is None or not to_panels else _from_panels(gate, x.shape[:-1])
-    y = _triton_nm_linear(x, values, offsets, *tables, out_features, n, m, activation, residual, gate)
+    y = _triton_nm_linear(x, values.to(x.dtype), offsets, *tables, out_features, n, m, activation, residual, gate)
     return _to_panels(y) if to_panels else y
 
 
@@ -122,7 +122,7 @@ def _native_diagonal_linear(
     tables = (bias, input_permutation, output_permutation)
     x = x if panels_of is None else _from_panels(x, panels_of)
     gate = gate if gate is None or not to_panels else _from_panels(gate, x.shape[:-1])
-    y = _triton_diagonal_linear(x, values, offsets, *tables, out_features, activation, residual, gate)
+    y = _triton_diagonal_linear(x, values.to(x.dtype), offsets, *tables, out_features, activation, residual, gate)
     return _to_panels(y) if to_panels else y
 
 
