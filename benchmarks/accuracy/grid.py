@@ -83,7 +83,7 @@ class Cell:
         training = self.method.training
         if training.structure != "dense":
             sparsity = None if self.method.fixed is not None else self.sparsity
-            training = dataclasses.replace(training, sparsity=sparsity, interval=max(1, steps // UPDATES))
+            training = dataclasses.replace(training, sparsity=sparsity, interval=max(2, steps // UPDATES))
         spec, dst = training.resolve(steps=steps, seed=self.seed)
         return TrainConfig(
             data=data[self.task.kind], sparsity=spec, dst=dst, seed=self.seed, threads=threads, device=device,  # type: ignore[arg-type]  # checked there

@@ -61,7 +61,7 @@ def main() -> None:
     module = padst.sparsify(LanguageModel(), padst.SparsitySpec(padst.Block(16), sparsity=0.8, permutation="learned"))
     learned = padst.LearnedPermutation("sinkhorn_ste")
     callback = PadstCallback(
-        lambda steps: padst.DSTConfig("rigl", interval=max(1, steps // 10), total_steps=steps, permutation=learned)
+        lambda steps: padst.DSTConfig("rigl", interval=max(2, steps // 10), total_steps=steps, permutation=learned)
     )
     batches = torch.utils.data.DataLoader(text, batch_size=32, shuffle=True)
     trainer = lightning.Trainer(max_steps=arguments.steps, max_epochs=-1, callbacks=[callback], logger=False,
