@@ -82,7 +82,7 @@ class Cell:
 
     def command(self, data: Path, folder: Path, steps: int) -> list[str]:
         """The smaller side is permuted, as in PA-DST, which keeps soft matrices small."""
-        task, interval = TASKS[self.task], max(1, steps // UPDATES)
+        task, interval = TASKS[self.task], max(2, steps // UPDATES)
         return [
             sys.executable, "-m", "padst_compile.cli", "train", task.model, str(data), "--out", str(folder),
             "--structure", self.structure, "--permutation", self.permutation, "--side", "smaller", "--steps", str(steps),

@@ -55,7 +55,7 @@ def main() -> None:
 
     def config(steps: int) -> padst.DSTConfig:
         learned = padst.LearnedPermutation("autoshuffle")
-        return padst.DSTConfig("rigl", interval=max(2, steps // 10), total_steps=steps, permutation=learned)
+        return padst.DSTConfig("rigl", interval=max(1, steps // 10), total_steps=steps, permutation=learned)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(output_dir=folder, max_steps=arguments.steps, per_device_train_batch_size=32,
