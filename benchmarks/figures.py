@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import DENSE, DENSE_TUNED
-from ratios import NONE, RANDOM, RESULTS, TITLES, Recorded, files_of, recorded, where
+from ratios import NONE, RANDOM, RESULTS, TITLES, Recorded, best_dense, files_of, recorded, where
 
 from padst_compile.files import replace_text
 from padst_compile.structures import structure_from_dict
@@ -189,8 +189,7 @@ def _kernels(data: dict[str, Any], source: Path) -> str:
 
 
 def _beside(case: dict[str, Any], rest: list[str]) -> str:
-    taken = case["milliseconds"]
-    best = min(taken[name] for name in (DENSE, DENSE_TUNED) if name in taken)
+    taken, best = case["milliseconds"], best_dense(case)
     speedup = best / taken["padst"]
     others = [f"{taken[name]:.2f}" if name in taken else "" for name in rest]
     name = f"{case['in_features']} -> {case['out_features']} ({case['dtype']}, {case['tokens']} tokens), {case['structure']}"

@@ -100,9 +100,13 @@ def _comparison(case: dict[str, Any]) -> Case:
     return Case(name, {RANDOM: best / taken["padst"], NONE: best / taken["padst, no permutation"]})
 
 
+def best_dense(case: dict[str, Any]) -> float:
+    """Milliseconds of the faster dense product beside a layer's peers."""
+    return min(case["milliseconds"][name] for name in (DENSE, DENSE_TUNED) if name in case["milliseconds"])
+
+
 def _peers(case: dict[str, Any]) -> Case:
-    taken = case["milliseconds"]
-    best = min(taken[name] for name in (DENSE, DENSE_TUNED) if name in taken)
+    taken, best = case["milliseconds"], best_dense(case)
     names = {"padst": RANDOM}
     ratios = {names.get(name, name): best / value for name, value in taken.items() if name not in (DENSE, DENSE_TUNED)}
     sizes = f"{case['in_features']} -> {case['out_features']}"
