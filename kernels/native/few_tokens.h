@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "partition.h"
 #include "transpose.h"
@@ -69,15 +70,40 @@ inline void add_products(
   }
 }
 
-// The products of one feature, the same for `height` outputs: sums[t, v] += weights[v] * x[t, column].
-inline void add_scaled(
-    const float* weights, int64_t height, const TokenInputs& x, int64_t column, const TokenSums& sums, int64_t output) {
+// sums[t, output + v] += weights[slot, v] * x[t, groups[slot] + offsets[slot]] over all slots, for v < width <= kLanes and kTokens
+// tokens from `first` on; weights are `stride` apart from slot to slot.
+template <int kTokens>
+inline void add_shared_lanes(
+    const float* weights, int64_t stride, int64_t width, const uint8_t* offsets, const std::vector<int64_t>& groups,
+    const TokenInputs& x, int64_t first, const TokenSums& sums, int64_t output) {
+  Vec totals[kTokens];
+  PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
+    totals[t] = load_some(sums.row(first + t) + output, width);
+  }
+  for (size_t slot = 0; slot < groups.size(); ++slot, weights += stride) {
+    const int64_t column = groups[slot] + offsets[slot];
+    const Vec some = load_some(weights, width);
+    PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
+      totals[t] += some * splat(x.row(first + t)[column]);
+    }
+  }
+  PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
+    store_some(totals[t], sums.row(first + t) + output, width);
+  }
+}
+
+// The same for all tokens and any number of outputs that share their choice.
+inline void add_shared_rows(
+    const float* weights, int64_t stride, int64_t height, const uint8_t* offsets, const std::vector<int64_t>& groups,
+    const TokenInputs& x, const TokenSums& sums, int64_t output) {
   for (int64_t v = 0; v < height; v += kLanes) {
     const int64_t width = std::min<int64_t>(kLanes, height - v);
-    const Vec some = load_some(weights + v, width);
-    for (int64_t t = 0; t < x.tokens; ++t) {
-      float* sum = sums.row(t) + output + v;
-      store_some(load_some(sum, width) + some * splat(x.row(t)[column]), sum, width);
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) {
+      add_shared_lanes<4>(weights + v, stride, width, offsets, groups, x, t, sums, output + v);
+    }
+    for (; t < x.tokens; ++t) {
+      add_shared_lanes<1>(weights + v, stride, width, offsets, groups, x, t, sums, output + v);
     }
   }
 }
@@ -97,6 +123,7 @@ class NmSquare {
     alignas(kLanes) uint8_t padded[kLanes][kLanes];
     const float* choices[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) {
+      __builtin_prefetch(values + std::min(first + r + kAhead * kLanes, last) * slots + slot);
       const int64_t place = std::min(first + r, last) * slots + slot;
       const uint8_t* choice = offsets + place;
       if (count < kLanes) {  // beyond may lie no memory
@@ -131,6 +158,7 @@ class NmSquare {
 
  private:
   static_assert(kLanes == 4 * kColumns);
+  static constexpr int64_t kAhead = 1;  // squares whose weights are fetched in advance: hardware foresees no strides
 
   // The rows choose from the group by the low bits of `offsets`; instructions ignore the higher ones.
   template <int kTokens, bool kWide>
@@ -151,45 +179,42 @@ class NmSquare {
   Vec offsets_[kColumns];  // four slots in each lane, a byte each
 };
 
-// The slots of kLanes rows of S, one square after the other, for kTokens tokens from `first` on.
+// sums[t, row] += kLanes rows of S times kTokens tokens; the inputs of a slot begin at groups[slot].
 template <int kTokens, bool kWide>
-inline void add_nm_square(
-    const NmSquare& square, const int64_t* groups, int64_t count, const TokenInputs& x, int64_t first, int64_t row, int64_t height,
-    const TokenSums& sums) {
+inline void add_nm_lanes(
+    const float* values, const uint8_t* offsets, const std::vector<int64_t>& groups, int64_t row, int64_t last,
+    const TokenInputs& x, const TokenSums& sums) {
+  const int64_t slots = static_cast<int64_t>(groups.size());
+  const int64_t height = std::min<int64_t>(kLanes, last + 1 - row);
   const float* inputs[kTokens];
   Vec totals[kTokens];
   PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
-    inputs[t] = x.row(first + t);
-    totals[t] = load_some(sums.row(first + t) + row, height);
+    inputs[t] = x.row(t);
+    totals[t] = load_some(sums.row(t) + row, height);
   }
-  square.add<kTokens, kWide>(groups, count, inputs, totals);
+  for (int64_t slot = 0; slot < slots; slot += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, slots - slot);
+    const NmSquare square(values, offsets, slots, row, last, slot, count);
+    square.add<kTokens, kWide>(groups.data() + slot, count, inputs, totals);
+  }
   PADST_UNROLL for (int t = 0; t < kTokens; ++t) {
-    store_some(totals[t], sums.row(first + t) + row, height);
+    store_some(totals[t], sums.row(t) + row, height);
   }
 }
 
-// sums[t, row] += the rows `rows` of S times x. group_of(slot): where the group of a slot begins.
-template <bool kWide, typename GroupOf>
+// sums[t, row] += the rows `rows` of S times x, of at most kTokens tokens, in the order in which S lies in memory. All tokens at
+// once, because turning weights costs more than multiplying them. groups[slot]: where its group begins.
+template <bool kWide, int kTokens = kHandful>
 void add_nm_rows(
-    const float* values, const uint8_t* offsets, int64_t slots, Range rows, const GroupOf& group_of, const TokenInputs& x,
+    const float* values, const uint8_t* offsets, const std::vector<int64_t>& groups, Range rows, const TokenInputs& x,
     const TokenSums& sums) {
-  for (int64_t slot = 0; slot < slots; slot += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, slots - slot);
-    int64_t groups[kLanes];
-    for (int64_t i = 0; i < count; ++i) {
-      groups[i] = group_of(slot + i);
+  if constexpr (kTokens > 1) {
+    if (x.tokens < kTokens) {
+      return add_nm_rows<kWide, kTokens - 1>(values, offsets, groups, rows, x, sums);
     }
-    for (int64_t row = rows.begin; row < rows.end; row += kLanes) {
-      const int64_t height = std::min<int64_t>(kLanes, rows.end - row);
-      const NmSquare square(values, offsets, slots, row, rows.end - 1, slot, count);
-      int64_t t = 0;
-      for (; t + 4 <= x.tokens; t += 4) {
-        add_nm_square<4, kWide>(square, groups, count, x, t, row, height, sums);
-      }
-      for (; t < x.tokens; ++t) {
-        add_nm_square<1, kWide>(square, groups, count, x, t, row, height, sums);
-      }
-    }
+  }
+  for (int64_t row = rows.begin; row < rows.end; row += kLanes) {
+    add_nm_lanes<kTokens, kWide>(values, offsets, groups, row, rows.end - 1, x, sums);
   }
 }
 

@@ -60,14 +60,19 @@ struct NmMatrix {
 
   // Adds `rows` of S times a few tokens to sums.
   void add_tokens(const TokenInputs& x, Range rows, const TokenSums& sums) const {
+    std::vector<int64_t> groups(slots);
+    for_each_slot({0, in_features}, [&](int64_t slot, int64_t group) { groups[slot] = group; });
     if (vector > 1) {
-      add_shared_rows(x, rows, sums);
+      for (int64_t row = rows.begin; row < rows.end; row += vector) {
+        const int64_t first = row / vector * slots;
+        add_shared_rows(
+            values + first * vector, vector, std::min(vector, rows.end - row), offsets + first, groups, x, sums, row);
+      }
       return;
     }
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-    const auto group_of = [this](int64_t slot) { return slot / n * m; };
-    const auto add = m <= kLanes ? add_nm_rows<false, decltype(group_of)> : add_nm_rows<true, decltype(group_of)>;
-    add(values, offsets, slots, rows, group_of, x, sums);
+    const auto add = m <= kLanes ? add_nm_rows<false> : add_nm_rows<true>;
+    add(values, offsets, groups, rows, x, sums);
 #endif
   }
 
@@ -89,15 +94,6 @@ struct NmMatrix {
   }
 
  private:
-  void add_shared_rows(const TokenInputs& x, Range rows, const TokenSums& sums) const {
-    for (int64_t row = rows.begin; row < rows.end; row += vector) {
-      const int64_t first = row / vector * slots, height = std::min(vector, rows.end - row);
-      for_each_slot({0, in_features}, [&](int64_t slot, int64_t group) {
-        add_scaled(values + (first + slot) * vector, height, x, group + offsets[first + slot], sums, row);
-      });
-    }
-  }
-
   // kRows rows that share their offsets.
   template <int kRows, int kWidth>
   void multiply_shared(const float* panel, Range inputs, int64_t row_group, int64_t v, float* sums) const {
