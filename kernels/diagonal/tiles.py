@@ -29,13 +29,13 @@ def tiles(problem: Problem) -> list[Tile]:
     found = [
         _tile(min(tokens, problem.tokens), outputs, warps)
         for tokens, outputs, warps in itertools.product(sides, (32, 64), (4, 8))
-        if tokens * outputs <= _MOST_SUMS and not (_widened(problem) and tokens > 8 and outputs > 32)
+        if tokens * outputs <= _MOST_SUMS and not (_widened(problem) and tokens >= 8 and outputs > 32)
     ]
     return list(dict.fromkeys(found))
 
 
 def _widened(problem: Problem) -> bool:
-    """Whether operands take registers twice, as they are and in float32: with wide tiles Triton 3.6 spills some on sm_90."""
+    """Whether operands take registers twice, as they are and in float32: with wide tiles Triton 3.6 spills some."""
     return problem.kernel == "diagonal_input_gradient" and problem.dtype != "float32"
 
 
