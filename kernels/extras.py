@@ -45,7 +45,7 @@ class Extras:
         return None if self.output_permutation is None else remembered.inverse(self.output_permutation)
 
     def checked(self, x: torch.Tensor, out_features: int) -> Extras:
-        """The same for token-major outputs of `x` `[..., in]`, in two dimensions and contiguous.
+        """The same for outputs of `x` `[..., in]`, in two dimensions; the bias is contiguous.
 
         Raises:
             RuntimeError: naming what does not fit.
@@ -62,8 +62,8 @@ class Extras:
         return dataclasses.replace(
             self,
             bias=None if self.bias is None else self.bias.contiguous(),
-            gate=None if self.gate is None else self.gate.reshape(-1, out_features).contiguous(),
-            residual=None if self.residual is None else self.residual.reshape(-1, out_features).contiguous(),
+            gate=None if self.gate is None else self.gate.reshape(-1, out_features),
+            residual=None if self.residual is None else self.residual.reshape(-1, out_features),
         )
 
     def laid_out_like(self, y: torch.Tensor) -> Extras:

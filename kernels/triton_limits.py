@@ -46,6 +46,14 @@ def limits_of(device: str) -> Limits:
     return _OLD if capability is None else _BY_CAPABILITY.get((int(capability[1]), int(capability[2])), _OLD)
 
 
+def takes_transposed(problem: Problem) -> bool:
+    """Whether tensor cores take operands with tokens adjacent, copied 16 bytes at a time without waiting.
+
+    Those of Hopper and later do not in TF32: every number would need a copy of its own.
+    """
+    return not (problem.precision == "tf32" and limits_of(problem.device).descriptors)
+
+
 def sums_per_thread(problem: Problem) -> int:
     """How many float32 sums a thread can hold beside what it multiplies, without spilling.
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from padst_compile.kernels.formats import format_of
+from padst_compile.kernels.launch import Problem
+from padst_compile.kernels.triton_limits import takes_transposed
 from padst_compile.structures import Structure, Topology
 
 
@@ -15,8 +17,8 @@ class TritonProduct:
     """Products of one kind of structure on tensors for which `triton_support.usable` says yes.
 
     A module `kernels/<kind>/triton_op.py` defines the op `padst_triton::<kind>_linear`, with the arguments of
-    `padst_native::<kind>_linear` (`native/library.cpp`) up to `gate`, and `PRODUCT`, an instance of a subclass. It imports its
-    kernels inside functions, because the op must exist where Triton does not.
+    `padst_native::<kind>_linear` (`native/library.cpp`) up to `gate` and at last `feature_major`, and `PRODUCT`, an instance of
+    a subclass. It imports its kernels inside functions, because the op must exist where Triton does not.
 
     Attributes:
         op: the forward op.
@@ -27,6 +29,13 @@ class TritonProduct:
     def supports(self, structure: Structure, dtype: torch.dtype) -> bool:
         """Whether the kernels multiply this structure in this dtype, one of `triton_support.DTYPES`."""
         return True
+
+    def why_token_major(self, problem: Problem) -> str | None:
+        """Why `problem` is as well off with features adjacent in its inputs; None where it gains by adjacent tokens.
+
+        It does where inputs come one by one otherwise, and 16 bytes at a time then: `offline.py` checks that.
+        """
+        return None if takes_transposed(problem) else "its tensor cores take TF32 inputs with features adjacent"
 
     def input_gradient(
         self, structure: Any, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int
@@ -39,6 +48,18 @@ class TritonProduct:
     ) -> torch.Tensor:
         """The active entries of `grad.T @ x`, packed like `values`; by ATen unless a subclass has a kernel."""
         return format_of(structure).value_gradient(structure, grad, x, values, topology)
+
+
+def new_outputs(x: torch.Tensor, out_features: int, *, feature_major: bool = False) -> torch.Tensor:
+    """Uninitialised `[..., out_features]` for `x` `[..., in]`; if `feature_major`, it lies as `[out_features, tokens]`."""
+    sizes = (*x.shape[:-1], out_features)
+    if not feature_major:
+        return x.new_empty(sizes)
+    strides, tokens = [], 1
+    for size in reversed(x.shape[:-1]):
+        strides.append(tokens)
+        tokens = tokens * size
+    return x.new_empty_strided(sizes, (*reversed(strides), tokens))
 
 
 def check_operands(x: torch.Tensor, values: torch.Tensor, out_features: int) -> None:

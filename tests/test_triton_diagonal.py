@@ -283,7 +283,7 @@ def test_the_operator_takes_what_the_native_one_takes() -> None:
         "x", "values", "offsets", "bias", "input_permutation", "output_permutation", "out_features", "activation", "residual",
     ]  # fmt: skip
     schema = triton_op.PRODUCT.op._schema
-    assert [argument.name for argument in schema.arguments] == [*native, "gate"]
+    assert [argument.name for argument in schema.arguments] == [*native, "gate", "feature_major"]
 
 
 def test_wrong_arguments_are_named(triton_device: torch.device) -> None:

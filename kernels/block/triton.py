@@ -30,6 +30,7 @@ from padst_compile.kernels.epilogue import write_tile
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.token_shares import TokenShares, partial_sums, share_tokens, total
+from padst_compile.kernels.triton_product import new_outputs
 from padst_compile.kernels.triton_support import Launch
 from padst_compile.structures import Block, Topology
 
@@ -307,7 +308,7 @@ def block_linear(
     """`act(permute(permute(x, input_permutation) @ S.T, output_permutation) + bias) * gate + residual`.
 
     Args:
-        x: [tokens, in_features] with any strides; float32, float16 or bfloat16.
+        x: [..., in_features] with any strides; float32, float16 or bfloat16.
         blocks: S, in the dtype of `x`.
         out_features: rows of S.
         extras: bias [out_features], int32 permutations, and gate and residual [tokens, out_features], all optional.
@@ -315,13 +316,12 @@ def block_linear(
         feature_major: whether tokens shall be adjacent in the result.
 
     Returns:
-        [tokens, out_features] in the dtype of `x`.
+        [..., out_features] in the dtype of `x`, and no view.
     """
-    shape = (out_features, x.shape[0]) if feature_major else (x.shape[0], out_features)
-    y = x.new_empty(shape)
-    y = y.T if feature_major else y
-    if y.numel() == 0:
-        return y
+    result = new_outputs(x, out_features, feature_major=feature_major)
+    if result.numel() == 0:
+        return result
+    x, y = x.reshape(-1, x.shape[-1]), result.view(-1, out_features)
     problem = triton_support.problem(
         kernel,
         blocks.structure.to_string(),
@@ -335,7 +335,7 @@ def block_linear(
     launch = linear_launch(x, blocks, y, extras, problem, tile_for(problem, default_tile))
     with triton_support.on_device(x):
         launch()
-    return y
+    return result
 
 
 def linear_launch(x: torch.Tensor, blocks: Blocks, y: torch.Tensor, extras: Extras, problem: Problem, tile: Tile) -> Launch:

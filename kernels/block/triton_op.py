@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 
 from padst_compile.kernels.block import aten
+from padst_compile.kernels.block.tiles import element_by_element
 from padst_compile.kernels.extras import Extras
-from padst_compile.kernels.native.fakes import fake_block_linear
+from padst_compile.kernels.launch import Problem
 from padst_compile.kernels.remembered import remembered
-from padst_compile.kernels.triton_product import TritonProduct, check_index, check_operands
+from padst_compile.kernels.triton_product import TritonProduct, check_index, check_operands, new_outputs
 from padst_compile.structures import Block, Topology
 
 
@@ -28,8 +30,9 @@ def block_linear(
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     equal_rows: bool = False,
+    feature_major: bool = False,
 ) -> torch.Tensor:
-    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, contiguous `[..., out_features]`.
+    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, `[..., out_features]`.
 
     Args:
         x: `[..., in_features]` float32, float16 or bfloat16, with any strides.
@@ -44,6 +47,7 @@ def block_linear(
         residual: `[..., out_features]` or None.
         gate: `[..., out_features]` or None.
         equal_rows: whether every block row holds equally many blocks, which are not looked up then.
+        feature_major: whether the result lies in memory as `[out_features, tokens]`; else it is contiguous.
 
     Raises:
         RuntimeError: an argument does not fit; the values of indices are not read.
@@ -56,19 +60,39 @@ def block_linear(
     if equal_rows and columns.numel() % (row_pointers.numel() - 1):
         raise RuntimeError(f"{columns.numel()} blocks are not equally many in each of {row_pointers.numel() - 1} block rows")
     blocks = triton.Blocks(structure, values.contiguous(), row_pointers, columns, equal_rows=equal_rows)
-    y = triton.block_linear(x.reshape(-1, x.shape[-1]), blocks, out_features, extras)
-    # Autograd forbids writing in place to a view that a custom op returns, as `ReLU(inplace=True)` behind a layer would.
-    result: torch.Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], out_features))
-    return result
+    return triton.block_linear(x, blocks, out_features, extras, feature_major=feature_major)
 
 
-block_linear.register_fake(fake_block_linear)
+@block_linear.register_fake
+def _block_linear_fake(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    row_pointers: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    input_permutation: torch.Tensor | None,
+    output_permutation: torch.Tensor | None,
+    out_features: int,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    equal_rows: bool = False,
+    feature_major: bool = False,
+) -> torch.Tensor:
+    return new_outputs(x, out_features, feature_major=feature_major)
 
 
 class BlockProduct(TritonProduct):
     """Blocks of any size on Triton."""
 
     op = torch.ops.padst_triton.block_linear.default
+
+    def why_token_major(self, problem: Problem) -> str | None:
+        """See `TritonProduct.why_token_major`: through a table, inputs come one by one."""
+        tokens, features = (dataclasses.replace(problem, layout=f"{side}/token") for side in ("feature", "token"))
+        if not element_by_element(features):
+            return "it reads runs of features"
+        return "no 16 bytes align with its sizes" if element_by_element(tokens) else super().why_token_major(problem)
 
     def input_gradient(
         self, structure: Block, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int

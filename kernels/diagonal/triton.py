@@ -28,6 +28,7 @@ from padst_compile.kernels.epilogue import write_tile
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Tile, tile_for
 from padst_compile.kernels.token_shares import TokenShares, partial_sums, share_tokens, total
+from padst_compile.kernels.triton_product import new_outputs
 from padst_compile.kernels.triton_support import Launch
 from padst_compile.structures import Diagonal
 
@@ -140,7 +141,7 @@ def diagonal_linear(
     """`act(permute(permute(x, input_permutation) @ S.T, output_permutation) + bias) * gate + residual`.
 
     Args:
-        x: [tokens, in_features] with any strides; float32, float16 or bfloat16.
+        x: [..., in_features] with any strides; float32, float16 or bfloat16.
         values: contiguous [diagonals, min(in_features, out_features)] in the dtype of `x`.
         offsets: contiguous int32 [diagonals], ascending.
         out_features: rows of S.
@@ -148,11 +149,12 @@ def diagonal_linear(
         feature_major: whether tokens shall be adjacent in the result.
 
     Returns:
-        [tokens, out_features] in the dtype of `x`.
+        [..., out_features] in the dtype of `x`, and no view.
     """
-    y = x.new_empty((out_features, x.shape[0])).T if feature_major else x.new_empty((x.shape[0], out_features))
-    if y.numel() == 0:
-        return y
+    result = new_outputs(x, out_features, feature_major=feature_major)
+    if result.numel() == 0:
+        return result
+    x, y = x.reshape(-1, x.shape[-1]), result.view(-1, out_features)
     problem = triton_support.problem(
         "diagonal_forward",
         Diagonal().to_string(),
@@ -167,7 +169,7 @@ def diagonal_linear(
     launch = linear_launch(x, values, offsets, y, extras, tile_for(problem, default_tile), to_short=to_short)
     with triton_support.on_device(x):
         launch()
-    return y
+    return result
 
 
 def diagonal_input_gradient(grad: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, in_features: int) -> torch.Tensor:

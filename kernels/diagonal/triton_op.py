@@ -6,7 +6,8 @@ import torch
 
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.gather_roof import gather_is_faster
-from padst_compile.kernels.triton_product import TritonProduct, check_index, check_operands
+from padst_compile.kernels.launch import Problem
+from padst_compile.kernels.triton_product import TritonProduct, check_index, check_operands, new_outputs
 from padst_compile.structures import Diagonal, Topology
 
 
@@ -22,8 +23,9 @@ def diagonal_linear(
     activation: str = "none",
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    feature_major: bool = False,
 ) -> torch.Tensor:
-    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, contiguous `[..., out_features]`.
+    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, `[..., out_features]`.
 
     Args:
         x: `[..., in_features]` float32, float16 or bfloat16, with any strides.
@@ -36,6 +38,7 @@ def diagonal_linear(
         activation: one of `epilogue.ACTIVATIONS`.
         residual: `[..., out_features]` or None.
         gate: `[..., out_features]` or None.
+        feature_major: whether the result lies in memory as `[out_features, tokens]`; else it is contiguous.
 
     Raises:
         RuntimeError: an argument does not fit; the values of indices are not read.
@@ -48,8 +51,7 @@ def diagonal_linear(
     if values.shape != (offsets.numel(), length):
         raise RuntimeError(f"values must be {(offsets.numel(), length)}, got {tuple(values.shape)}")
     extras = Extras(bias, input_permutation, output_permutation, activation, gate, residual).checked(x, out_features)
-    y = triton.diagonal_linear(x.reshape(-1, x.shape[-1]), values.contiguous(), offsets, out_features, extras)
-    return y.view(*x.shape[:-1], out_features)
+    return triton.diagonal_linear(x, values.contiguous(), offsets, out_features, extras, feature_major=feature_major)
 
 
 @diagonal_linear.register_fake
@@ -64,14 +66,19 @@ def _diagonal_linear_fake(
     activation: str = "none",
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    feature_major: bool = False,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return new_outputs(x, out_features, feature_major=feature_major)
 
 
 class DiagonalProduct(TritonProduct):
     """Free diagonals on Triton."""
 
     op = torch.ops.padst_triton.diagonal_linear.default
+
+    def why_token_major(self, problem: Problem) -> str | None:
+        """See `TritonProduct.why_token_major`: runs along a diagonal start anywhere, and no tensor cores read them."""
+        return None
 
     def input_gradient(
         self, structure: Diagonal, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int

@@ -11,7 +11,7 @@ import torch
 def register(library: str) -> None:
     """Give the ops of a loaded library their fake implementations."""
     torch.library.register_fake(f"{library}::interleave_blocks", _fake_interleave_blocks)
-    torch.library.register_fake(f"{library}::block_linear", fake_block_linear)
+    torch.library.register_fake(f"{library}::block_linear", _fake_block_linear)
     torch.library.register_fake(f"{library}::block_mlp", fake_block_mlp)
     torch.library.register_fake(f"{library}::block_input_gradient", _fake_block_input_gradient)
     torch.library.register_fake(f"{library}::block_value_gradient", _fake_block_value_gradient)
@@ -36,7 +36,7 @@ def _fake_interleave_blocks(
     return values.new_empty((values.shape[0], values.shape[1] // 2, values.shape[2], 2))
 
 
-def fake_block_linear(
+def _fake_block_linear(
     x: torch.Tensor,
     values: torch.Tensor,
     row_pointers: torch.Tensor,
@@ -49,9 +49,7 @@ def fake_block_linear(
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
     token_tile: int = 0,
-    equal_rows: bool = False,
 ) -> torch.Tensor:
-    """Of `block_linear`, in C++ and in Triton."""
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -34,11 +34,16 @@ def tiles(problem: Problem) -> list[Tile]:
     """All tiles worth timing; each of them is right for every size."""
     structure = _structure(problem)
     found: list[Tile] = []
-    if structure.vector > LEAST_DOT // 2 and problem.kernel != "nm_input_gradient":
+    if may_use_tensor_cores(problem):
         found += _dots(problem, structure)
     if structure.vector < LEAST_DOT or problem.kernel == "nm_input_gradient":
         found += _gathers(problem)
     return found
+
+
+def may_use_tensor_cores(problem: Problem) -> bool:
+    """Whether enough rows share their choice of inputs for a form of the kernel that multiplies tiles."""
+    return _structure(problem).vector > LEAST_DOT // 2 and problem.kernel != "nm_input_gradient"
 
 
 def _structure(problem: Problem) -> NM:

@@ -33,6 +33,7 @@ from padst_compile.kernels.launch import Problem, Tile, tile_for
 from padst_compile.kernels.nm.tiles import default_tile
 from padst_compile.kernels.remembered import remembered
 from padst_compile.kernels.token_shares import TokenShares, partial_sums, share_tokens, total
+from padst_compile.kernels.triton_product import new_outputs
 from padst_compile.kernels.triton_support import Launch
 from padst_compile.structures import NM
 
@@ -243,7 +244,7 @@ def nm_linear(
 
     Args:
         structure: N:M of S.
-        x: [tokens, in_features] with any strides; float32, float16 or bfloat16.
+        x: [..., in_features] with any strides; float32, float16 or bfloat16.
         values: contiguous [row_groups, slots, vector] in the dtype of `x`.
         offsets: contiguous uint8 [row_groups, slots].
         out_features: rows of S.
@@ -251,11 +252,12 @@ def nm_linear(
         feature_major: whether tokens shall be adjacent in the result.
 
     Returns:
-        [tokens, out_features] in the dtype of `x`.
+        [..., out_features] in the dtype of `x`, and no view.
     """
-    y = x.new_empty((out_features, x.shape[0])).T if feature_major else x.new_empty((x.shape[0], out_features))
-    if y.numel() == 0:
-        return y
+    result = new_outputs(x, out_features, feature_major=feature_major)
+    if result.numel() == 0:
+        return result
+    x, y = x.reshape(-1, x.shape[-1]), result.view(-1, out_features)
     problem = triton_support.problem(
         "nm_forward",
         structure.to_string(),
@@ -269,7 +271,7 @@ def nm_linear(
     launch = linear_launch(structure, x, values, offsets, y, extras, problem, tile_for(problem, default_tile))
     with triton_support.on_device(x):
         launch()
-    return y
+    return result
 
 
 def linear_launch(

@@ -6,8 +6,9 @@ import torch
 
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.gather_roof import gather_is_faster
-from padst_compile.kernels.nm.tiles import LEAST_DOT
-from padst_compile.kernels.triton_product import TritonProduct, check_operands
+from padst_compile.kernels.launch import Problem
+from padst_compile.kernels.nm.tiles import LEAST_DOT, may_use_tensor_cores
+from padst_compile.kernels.triton_product import TritonProduct, check_operands, new_outputs
 from padst_compile.structures import NM, Topology
 
 
@@ -25,8 +26,9 @@ def nm_linear(
     activation: str = "none",
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    feature_major: bool = False,
 ) -> torch.Tensor:
-    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, contiguous `[..., out_features]`.
+    """`act(permute(permute(x, input) @ S.T, output) + bias) * gate + residual`, `[..., out_features]`.
 
     Args:
         x: `[..., in_features]` float32, float16 or bfloat16, with any strides.
@@ -41,6 +43,7 @@ def nm_linear(
         activation: one of `epilogue.ACTIVATIONS`.
         residual: `[..., out_features]` or None.
         gate: `[..., out_features]` or None.
+        feature_major: whether the result lies in memory as `[out_features, tokens]`; else it is contiguous.
 
     Raises:
         RuntimeError: an argument does not fit; the values of indices are not read.
@@ -51,9 +54,8 @@ def nm_linear(
     structure = NM(n, m, values.shape[-1])
     _check_topology(structure, x, values, offsets, out_features)
     extras = Extras(bias, input_permutation, output_permutation, activation, gate, residual).checked(x, out_features)
-    rows = x.reshape(-1, x.shape[-1])
-    y = triton.nm_linear(structure, rows, values.contiguous(), offsets.contiguous(), out_features, extras)
-    return y.view(*x.shape[:-1], out_features)
+    weight = values.contiguous(), offsets.contiguous()
+    return triton.nm_linear(structure, x, *weight, out_features, extras, feature_major=feature_major)
 
 
 @nm_linear.register_fake
@@ -70,14 +72,19 @@ def _nm_linear_fake(
     activation: str = "none",
     residual: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    feature_major: bool = False,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return new_outputs(x, out_features, feature_major=feature_major)
 
 
 class NMProduct(TritonProduct):
     """N:M on Triton."""
 
     op = torch.ops.padst_triton.nm_linear.default
+
+    def why_token_major(self, problem: Problem) -> str | None:
+        """See `TritonProduct.why_token_major`: every input is found through an index."""
+        return super().why_token_major(problem) if may_use_tensor_cores(problem) else None
 
     def input_gradient(
         self, structure: NM, grad: torch.Tensor, values: torch.Tensor, topology: Topology, in_features: int

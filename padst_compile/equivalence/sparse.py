@@ -84,6 +84,7 @@ def _block_mlp(
 def _triton_block_linear(
     x: Any, values: Any, row_pointers: Any, columns: Any, bias: Any, input_permutation: Any, output_permutation: Any,
     out_features: int, activation: str = "none", residual: Any = None, gate: Any = None, equal_rows: bool = False,
+    feature_major: bool = False,
 ) -> Any:  # fmt: skip
     if equal_rows:  # the pointers are not read
         rows = row_pointers.shape[0] - 1
@@ -108,10 +109,10 @@ def _native_nm_linear(
 @definition("padst_triton::nm_linear")
 def _triton_nm_linear(
     x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
-    n: int, m: int, *epilogue: Any,
+    n: int, m: int, activation: str = "none", residual: Any = None, gate: Any = None, feature_major: bool = False,
 ) -> Any:  # fmt: skip
     tables = (bias, input_permutation, output_permutation)
-    return _product(NM(n, m, values.shape[2]), x, values, (offsets,), *tables, out_features, *epilogue)
+    return _product(NM(n, m, values.shape[2]), x, values, (offsets,), *tables, out_features, activation, residual, gate)
 
 
 @definition("padst_native::diagonal_linear")
@@ -127,8 +128,12 @@ def _native_diagonal_linear(
 
 
 @definition("padst_triton::diagonal_linear")
-def _triton_diagonal_linear(x: Any, values: Any, offsets: Any, *rest: Any) -> Any:
-    return _product(Diagonal(), x, values, (offsets,), *rest)
+def _triton_diagonal_linear(
+    x: Any, values: Any, offsets: Any, bias: Any, input_permutation: Any, output_permutation: Any, out_features: int,
+    activation: str = "none", residual: Any = None, gate: Any = None, feature_major: bool = False,
+) -> Any:  # fmt: skip
+    around = (bias, input_permutation, output_permutation, out_features, activation, residual, gate)
+    return _product(Diagonal(), x, values, (offsets,), *around)
 
 
 def _to_panels(y: Any) -> Any:
