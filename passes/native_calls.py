@@ -29,6 +29,11 @@ def is_row_gather(node: object) -> bool:
     return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _ROW_GATHER
 
 
+def is_triton_linear(node: object) -> bool:
+    """Whether `node` calls a Triton kernel."""
+    return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target).startswith("padst_triton.")
+
+
 def is_block_linear(node: object) -> bool:
     """Whether `node` calls a kernel for blocks."""
     return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _BLOCKS
@@ -41,10 +46,14 @@ def is_nm_linear(node: object) -> bool:
 
 def layouts(node: fx.Node) -> tuple[str, ...]:
     """The sides on which a native call keeps its activations feature-major."""
-    if not is_row_gather(node):
+    if is_triton_linear(node):
+        x = argument(node, "x")
+        reads, writes = is_triton_linear(x) and argument(x, "feature_major"), argument(node, "feature_major")
+    elif is_row_gather(node):
+        reads, writes = argument(node, "panels_of") is not None, argument(node, "to_panels")
+    else:
         return ()
-    reads = ("feature-major input",) if argument(node, "panels_of") is not None else ()
-    return reads + (("feature-major output",) if argument(node, "to_panels") else ())
+    return (("feature-major input",) if reads else ()) + (("feature-major output",) if writes else ())
 
 
 def epilogue(node: fx.Node) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from padst_compile.passes.fuse_mlp import FuseMlp
 from padst_compile.passes.fuse_output_permutation import FuseOutputPermutation
 from padst_compile.passes.fuse_residual import FuseResidual
 from padst_compile.passes.graph import PERMUTE, is_call, layer_name
+from padst_compile.passes.hand_over_feature_major import HandOverFeatureMajor
 from padst_compile.passes.interleave_blocks import InterleaveBlocks
 from padst_compile.passes.keep_feature_major import KeepFeatureMajor
 from padst_compile.passes.place_permutations import PlacePermutations
@@ -72,6 +73,7 @@ RULES: tuple[type[Pass], ...] = (
     InterleaveBlocks,
     WidenValues,
     FuseMlp,
+    HandOverFeatureMajor,
     TanhGate,
 )
 

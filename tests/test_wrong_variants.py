@@ -50,6 +50,7 @@ from padst_compile.passes import (
     fuse_output_permutation,
     fuse_residual,
     graph,
+    hand_over_feature_major,
     hoist_constants,
     index_nodes,
     interleave_blocks,
@@ -981,6 +982,61 @@ def blocks_on_triton() -> str | None:
     return None if told == [True, False] else f"is told of equally many blocks in each row: {told}"
 
 
+# Layers of short rows, whose kernel finds every input through an index; a name is followed by what the graph does with layouts.
+_WRITES, _READS = "feature-major output", "feature-major input"
+HANDED_OVER: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], int, tuple[str, ...]]] = {
+    "read twice": (lambda m, h: m.middle(h) * m.other(h), 16, (_WRITES, _READS, f"gate, {_READS}")),
+    "read by another function": (lambda m, h: m.middle(h) - h, 16, ("", "")),
+    "added to its reader": (lambda m, h: m.middle(h) + h, 16, ("", "residual")),
+    "behind a sum": (lambda m, h: m.middle(h + m.one), 16, ("residual", "")),
+    "gated by a product": (
+        lambda m, h: m.other(h * F.silu(m.middle(m.one))),
+        16,
+        (_WRITES, f"activation, gate, {_WRITES}", _READS),
+    ),
+    "gated by a tensor": (lambda m, h: m.middle(h * m.one), 16, ("gate", "")),
+    "gated by what it reads": (lambda m, h: m.other(m.middle(h) * h), 16, ("", "gate", "")),
+    "tokens that do not align": (lambda m, h: m.middle(h), 15, ("", "")),
+    "read by blocks": (lambda m, h: m.blocks(h), 16, ("", "")),
+}
+
+
+@functools.cache
+def handing_over() -> dict[str, Captured]:
+    """The graphs of `HANDED_OVER`."""
+    found = {}
+    for name, (meet, tokens, _) in HANDED_OVER.items():
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        up, middle, other = (sparse(size, HIDDEN, structure=ROWS) for size in (WIDTH, HIDDEN, HIDDEN))
+        parts = {"middle": middle, "other": other, "blocks": sparse(HIDDEN, HIDDEN), "one": torch.randn(tokens, HIDDEN)}
+        net = Net(_behind_up(meet), up=up, **parts)
+        with torch.no_grad():
+            found[name] = capture(net.float().eval(), features(tokens, WIDTH).float())
+    return found
+
+
+def _behind_up(meet: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return lambda m, x: meet(m, m.up(x))
+
+
+def layouts_on_triton() -> str | None:
+    """Who leaves a result feature-major to whom, lowered to the ops for GPUs, which are not run."""
+    if not triton_support.installed():
+        return None
+    for name, before in handing_over().items():
+        facts = before.context(inference=True)
+        with triton_support.interpreted(), torch.no_grad():
+            Pipeline(kernels="sparse").run(facts)
+            if not padst.verify(before.graph, facts.module, *before.inputs, seeds=(0,)):
+                return f"{name}: computes something else"
+        calls = [node for node in facts.module.graph.nodes if is_native_linear(node)]
+        forms = sorted(", ".join((*epilogue(node), *layouts(node))) for node in calls)
+        if forms != sorted(HANDED_OVER[name][2]):
+            return f"{name}: {forms}"
+    return None
+
+
 BATTERY: dict[str, Callable[[], str | None]] = {
     **{name: functools.partial(graph_check, name) for name in GRAPHS},
     **{name: functools.partial(change_check, name) for name in CHANGES},
@@ -988,6 +1044,7 @@ BATTERY: dict[str, Callable[[], str | None]] = {
     "ragged kernels": ragged_kernels,
     "sparse tensor cores": sparse_tensor_cores,
     "blocks on Triton": blocks_on_triton,
+    "layouts on Triton": layouts_on_triton,
     "the cheapest orders": cheapest_orders,
     "the cheapest labels": cheapest_labels,
 }
@@ -1206,6 +1263,25 @@ VARIANTS: Mapping[str, Variant] = {
         keep_feature_major._token_sizes, 'if argument(node, "panels_of") is not None:', "if False:", "a chain of diagonals"),
     "KeepFeatureMajor: the tokens of one sequence": Variant(
         keep_feature_major._token_sizes, "enumerate(known.shape[:-1])", "enumerate(known.shape[1:-1])", "a chain of diagonals"),
+    "HandOverFeatureMajor: others read the result": Variant(
+        hand_over_feature_major.HandOverFeatureMajor.why_not, "if others:", "if False:", "layouts on Triton"),
+    "HandOverFeatureMajor: adds what is token-major": Variant(
+        hand_over_feature_major.HandOverFeatureMajor.why_not, 'argument(node, "residual") is not None', "False",
+        "layouts on Triton"),
+    "HandOverFeatureMajor: readers that gain nothing": Variant(
+        hand_over_feature_major._why_token_major, "product.why_token_major(_problem(node, structure, facts))", "None",
+        "layouts on Triton"),
+    "HandOverFeatureMajor: any number of tokens": Variant(
+        hand_over_feature_major._runs_align, "% _ALIGNED == 0", "% _ALIGNED >= 0", "layouts on Triton"),
+    "HandOverFeatureMajor: the result as a residual": Variant(
+        hand_over_feature_major._reads, '("residual", "gate")', '("gate",)', "layouts on Triton"),
+    "HandOverFeatureMajor: the result as a gate of its reader": Variant(
+        hand_over_feature_major._gate_follows, ' and argument(node, "x") is not gate', "", "layouts on Triton"),
+    "HandOverFeatureMajor: gated by what is token-major": Variant(
+        hand_over_feature_major._gate_follows, "if gate is None:", "if True:", "layouts on Triton"),
+    "HandOverFeatureMajor: the gate is not told": Variant(
+        hand_over_feature_major.HandOverFeatureMajor.rewrite, 'for product in (node, argument(node, "gate")):',
+        "for product in (node,):", "layouts on Triton"),
     "InterleaveBlocks: any dtype": Variant(
         interleave_blocks.InterleaveBlocks.matches, "native.interleaves(result.dtype)", "True", "blocks of float32"),
     "InterleaveBlocks: odd numbers of inputs": Variant(
@@ -1437,6 +1513,8 @@ def prepare(check: str) -> None:
         contradictions()
     elif check == "sparse tensor cores":
         packed_product()
+    elif check == "layouts on Triton":
+        handing_over()
     elif check in GRAPHS or check in CHANGES:
         captured(CHANGES[check][0] if check in CHANGES else check)
 
@@ -1447,6 +1525,7 @@ def _forget_the_captured_graphs() -> Iterator[None]:
     captured.cache_clear()
     contradictions.cache_clear()
     packed_product.cache_clear()
+    handing_over.cache_clear()
 
 
 @pytest.mark.parametrize("check", BATTERY)
