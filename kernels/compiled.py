@@ -32,6 +32,7 @@ class Compiled:
         shared_bytes: shared memory of one program.
         products: how many tensor-core instructions there are, by name ("wgmma", "mma", "tcgen05", "mfma").
         wide_loads: copies of 16 bytes to shared memory, or of whole tiles, that do not wait.
+        vector_loads: loads of 16 bytes into registers.
         carried_tiles: tiles of 16-bit numbers that a loop hands from step to step in registers.
     """
 
@@ -40,6 +41,7 @@ class Compiled:
     shared_bytes: int
     products: dict[str, int]
     wide_loads: int
+    vector_loads: int
     carried_tiles: int
 
 
@@ -68,6 +70,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         shared_bytes=compiled.metadata.shared,
         products={name: count for name, text in _PRODUCTS.items() if (count := ptx.count(text))},
         wide_loads=len(re.findall(r"cp\.async\.[^;]*, 0x10|cp\.async\.bulk\.tensor", ptx)),
+        vector_loads=len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)),
         carried_tiles=_carried_tiles(compiled.asm["ttgir"]),
     )
 
@@ -109,12 +112,14 @@ def _carried_tiles(ttgir: str) -> int:
 
 def _from_amdgcn(asm: Mapping[str, str], shared_bytes: int) -> Compiled:
     assembly = asm["amdgcn"]
+    vector_loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly))  # through registers to shared memory, too
     numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly)}
     return Compiled(
         registers=numbers["vgpr_count"],
         spilled_bytes=4 * numbers["vgpr_spill_count"],
         shared_bytes=shared_bytes,
         products={name: count for name, text in _PRODUCTS.items() if (count := assembly.count(text))},
-        wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        wide_loads=vector_loads,
+        vector_loads=vector_loads,
         carried_tiles=_carried_tiles(asm["ttgir"]),
     )

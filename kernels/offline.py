@@ -1,9 +1,10 @@
 """Compiles the kernels for GPUs that are not there: `python -m padst_compile.kernels.offline`, or `make kernels-offline`.
 
 Every tile that a tuner may choose must compile without spilled registers, within the chip's shared memory, to the
-tensor-core instructions, the wide copies and the depth of pipeline that its kernel claims. What it uses is printed; for the
-default tiles it is compared with a recorded file, one part for each version of Triton, so that a change of kernels or of the
-compiler shows. With a version that is not recorded nothing is compared, which is said; the claims are checked all the same.
+tensor-core instructions, the wide copies and loads, and the depth of pipeline that its kernel claims. What it uses is printed;
+for the default tiles it is compared with a recorded file, one part for each version of Triton, so that a change of kernels or
+of the compiler shows. With a version that is not recorded nothing is compared, which is said; the claims are checked all the
+same.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def examine(case: Case, target: Target) -> Finding:
         faults.append(f"no {case.product}, but {'+'.join(compiled.products) or 'none'}")
     if case.wide_loads and not compiled.wide_loads:
         faults.append("no wide copies")
+    if case.vector_loads and not compiled.vector_loads:
+        faults.append("no loads of 16 bytes")
     if case.carried and not compiled.carried_tiles:
         faults.append("no tile of the next step in registers")
     finding = Finding(case, compiled, ())

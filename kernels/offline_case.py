@@ -31,6 +31,7 @@ class Case:
         step_bytes: of shared memory that one stage of the pipeline takes; 0 where there is no pipeline.
         product: the tensor-core instruction that must occur ("mma", "wgmma", "tcgen05", "mfma"), or None.
         wide_loads: whether the operands must be copied 16 bytes at a time, or as whole tiles, without waiting.
+        vector_loads: whether inputs must come 16 bytes at a time into registers.
         depth: steps of the loop that shared memory must hold at once; 0 where nothing is claimed.
         carried: whether the loop must carry a tile of 16-bit operands in registers, those of its next step.
         known: what the compiler is told beside the problem, or "".
@@ -42,6 +43,7 @@ class Case:
     step_bytes: int = 0
     product: str | None = None
     wide_loads: bool = False
+    vector_loads: bool = False
     depth: int = 0
     carried: bool = False
     known: str = ""

@@ -83,6 +83,8 @@ deep = offline.examine(dataclasses.replace(hopper, depth=hopper.tile.stages + 1,
 print(deep.faults)
 launch = dataclasses.replace(case.launch, arguments={**case.launch.arguments, "ACTIVATION": "tanh"})
 print(offline.examine(dataclasses.replace(case, launch=launch), "sm_80").faults)
+gather = next(case for case in offline.all_cases("sm_80") if case.problem.kernel == "diagonal_forward")
+print(offline.examine(dataclasses.replace(gather, vector_loads=True), "sm_80").faults)
 good = offline.examine(case, "sm_80")
 print(good.faults)
 golden = offline.recorded([good])
@@ -98,9 +100,10 @@ def test_faults_are_noticed() -> None:
         [sys.executable, "-c", FAULTY], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    instruction, sizes, pipeline, broken, good, same, changed, subset = result.stdout.splitlines()
+    instruction, sizes, pipeline, broken, gather, good, same, changed, subset = result.stdout.splitlines()
     assert "no wgmma, but mma" in instruction
     assert "registers spill" in sizes and "shared memory" in sizes
     assert "a pipeline of depth 3, not 4" in pipeline and "no tile of the next step in registers" in pipeline
     assert "does not compile" in broken
+    assert "no loads of 16 bytes" in gather
     assert (good, same, changed, subset) == ("()", "0 1", "2", "0")

@@ -86,6 +86,8 @@ def _problems(device: str) -> Iterator[Problem]:
     yield _problem(64, 768, 3072, 16, full, device, epilogue="bias+gelu")
     yield _problem(64, 768, 3072, 50432, half, device, permuted="in+out")
     yield _problem(64, 3072, 768, 50432, half, device, permuted="in", layout="feature/token")
+    yield _problem(64, 3072, 768, 50432, full, device, permuted="in", layout="feature/token")
+    yield _problem(64, 768, 3072, 50432, half, device, permuted="out", epilogue="bias+gelu", layout="token/feature")
     yield _problem((24, 40), 1000, 1003, 4096, half, device, epilogue="bias")
     yield _problem(64, 768, 3072, 50432, full, device, precision="tf32x3")
     for precision in ("ieee", "tf32"):

@@ -20,7 +20,7 @@ def offline_cases(target: Target) -> Iterator[Case]:
     """Every tile that a tuner may choose for the problems below; CUDA cores multiply, from registers."""
     for problem in _problems(DEVICES[target]):
         for tile in dict.fromkeys([default_tile(problem), *tiles(problem)]):
-            yield Case(problem, tile, launch_of(problem, tile))
+            yield Case(problem, tile, launch_of(problem, tile), vector_loads=_runs_of_tokens(problem, tile))
 
 
 def launch_of(problem: Problem, tile: Tile) -> Launch:
@@ -45,6 +45,7 @@ def _problems(device: str) -> Iterator[Problem]:
     yield _problem(down, 50432, "float32", device, permuted="in+out", epilogue="bias+residual")
     yield _problem(up, 50432, "float32", device, permuted="in+out", epilogue="bias+gelu", layout="feature/feature")
     yield _problem(down, 50432, "bfloat16", device, epilogue="bias", layout="feature/token")
+    yield _problem(up, 50432, "bfloat16", device, epilogue="bias+gelu", layout="token/feature")
     yield _problem(down, 1, "bfloat16", device, epilogue="bias+silu+gate")
     for sides in (up, down):
         for dtype in ("float32", "bfloat16"):
@@ -68,3 +69,8 @@ def _problem(
     return Problem(
         kernel, "diagonal", *sides, active, token_bucket(tokens), dtype, "ieee", permuted, epilogue, layout, device
     )  # fmt: skip
+
+
+def _runs_of_tokens(problem: Problem, tile: Tile) -> bool:
+    """Whether a program reads tokens that are adjacent, 16 bytes of them at least."""
+    return problem.layout.startswith("feature/") and tile.tokens * getattr(torch, problem.dtype).itemsize >= 16

@@ -31,6 +31,7 @@ def offline_cases(target: Target) -> Iterator[Case]:
                 step_bytes=step_bytes(problem, tile) if dot else 0,
                 product=product,
                 wide_loads=dot and _wide(problem, tile, target),
+                vector_loads=not dot and _runs_of_tokens(problem, tile),
                 depth=pipeline_depth(problem, tile, product) if dot and _in_flight(problem) else 0,
             )
 
@@ -67,6 +68,8 @@ def _problems(device: str) -> Iterator[Problem]:
     for dtype, tokens in (("float32", 50432), ("bfloat16", 1)):
         yield _problem(NM(1, 10), tokens, dtype, device, permuted="in+out", epilogue="bias+gelu")
     yield _problem(NM(1, 10), 50432, "float32", device, permuted="in", epilogue="bias", layout="feature/feature")
+    yield _problem(NM(1, 10), 50432, "bfloat16", device, epilogue="bias+gelu", layout="feature/token")
+    yield _problem(NM(1, 10, 64), 50432, "bfloat16", device, epilogue="bias+gelu", layout="token/feature")
     for structure, dtype in ((NM(1, 10, 64), "bfloat16"), (NM(1, 10, 64), "float32"), (NM(1, 10), "float32")):
         yield _problem(structure, 50432, dtype, device, kernel="nm_value_gradient")
     for dtype in ("float32", "bfloat16"):
@@ -97,6 +100,12 @@ def _wide(problem: Problem, tile: Tile, target: Target) -> bool:
     """Whether 16-byte copies are claimed: not from token-major activations, of which a gather takes an element at a time."""
     threads = tile.warps * (64 if target == "gfx942" else 32)
     enough = tile.tokens * tile.depth * getattr(torch, problem.dtype).itemsize >= 16 * threads
+    return enough and problem.layout.startswith("feature/") and problem.kernel == "nm_forward"
+
+
+def _runs_of_tokens(problem: Problem, tile: Tile) -> bool:
+    """Whether a program that gathers reads tokens that are adjacent, 16 bytes of them at least."""
+    enough = tile.tokens * getattr(torch, problem.dtype).itemsize >= 16
     return enough and problem.layout.startswith("feature/") and problem.kernel == "nm_forward"
 
 
