@@ -29,7 +29,7 @@ def find(problem: LayerProblem | MlpProblem, measure: Callable[[], Entry], effor
         return None
     key, results = Key(problem, environment(problem.device, problem.structure)), library()
     found = results.exact(key)
-    if measures(effort) and not _good_enough(found, effort) and not _capturing():
+    if measures(effort) and not _good_enough(found, effort) and not capturing():
         try:
             found = _search(key, measure, effort)
         except torch.OutOfMemoryError:
@@ -53,6 +53,6 @@ def _good_enough(found: Found | None, effort: Effort) -> bool:
     return found is not None and satisfies(found.entry.effort, effort)
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     """Whether a CUDA graph is being captured: a measurement would become part of it."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -67,7 +67,7 @@ def tune_layer(problem: LayerProblem, runs: Mapping[Kernel, Run], effort: Effort
             left_out.append((kernel, reason))
             continue
         launches = [] if kernel == "dense" else launches_of(runs[kernel])
-        best = {launch: _best_tile(launch, runs[kernel], effort) for launch in launches}
+        best = {launch: best_tile(launch, runs[kernel], effort) for launch in launches}
         candidates[Candidate(kernel)] = _within(default_tiles, runs[kernel])
         if any(best.values()):
             first, tile = next(iter(best.items()))
@@ -119,7 +119,7 @@ def _size(tile: Tile) -> tuple[int, int, int]:
     return tile.tokens, tile.outputs, tile.depth
 
 
-def _best_tile(launch: Problem, run: Run, effort: Effort) -> Tile | None:
+def best_tile(launch: Problem, run: Run, effort: Effort) -> Tile | None:
     """The tile to use for a launch, None for its default; measured unless it was before."""
     key, results = launch_key(launch), library()
     with results.cache.claim(key):

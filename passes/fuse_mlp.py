@@ -31,7 +31,7 @@ from padst_compile.passes.choose_kernels import Policy
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import argument, fake, obstacle_between, rows
 from padst_compile.passes.index_nodes import invert, select
-from padst_compile.passes.native_calls import epilogue, is_block_linear, note_joined
+from padst_compile.passes.native_calls import activations, epilogue, is_block_linear, note_joined
 from padst_compile.structures import Block
 
 _LAYER = ("values", "row_pointers", "columns", "bias", "input_permutation", "output_permutation", "out_features")
@@ -68,7 +68,7 @@ class FuseMlp(RewriteRule):
             return (
                 f"one kernel has no place for the {min(extra)} of {first.name if min(extra) in epilogue(first) else node.name}"
             )
-        if _activations(first) is None or fake(node) is None:
+        if activations(first) is None or fake(node) is None:
             return "capture recorded no shapes"
         operands = [argument(layer, name) for layer in (first, node) for name in _LAYER]
         if not all(facts.is_static(operand) for operand in operands if isinstance(operand, fx.Node)):
@@ -140,7 +140,7 @@ def _structure(layer: fx.Node, facts: Context) -> Block:
 
 
 def _problem(first: fx.Node, second: fx.Node, facts: Context) -> MlpProblem:
-    x, y = _activations(first), fake(second)
+    x, y = activations(first), fake(second)
     assert x is not None
     assert y is not None
     between = argument(first, "output_permutation"), argument(second, "input_permutation")
@@ -167,7 +167,7 @@ def _problem(first: fx.Node, second: fx.Node, facts: Context) -> MlpProblem:
 
 def _runs(first: fx.Node, second: fx.Node, facts: Context, tokens: int) -> dict[Candidate, Callable[[], Any]]:
     """Two kernels and one on random activations, with the weights that they have."""
-    x, y = _activations(first), fake(second)
+    x, y = activations(first), fake(second)
     assert x is not None
     assert y is not None
     # Its own generator: compiling must not change the random numbers that a model draws.
@@ -176,7 +176,7 @@ def _runs(first: fx.Node, second: fx.Node, facts: Context, tokens: int) -> dict[
     def random(features: int) -> torch.Tensor:
         return torch.randn(tokens, features, device=y.device, generator=generator).to(y.dtype)
 
-    activations = random(int(x.shape[-1]))
+    drawn = random(int(x.shape[-1]))
     residual = random(y.shape[-1]) if argument(second, "residual") is not None else None
     layers = fx.map_arg((_layer(first), _layer(second)), facts.value)
     activation, op, product = argument(first, "activation"), dispatch.mlp_op(_kernel(second)), second.target
@@ -184,10 +184,10 @@ def _runs(first: fx.Node, second: fx.Node, facts: Context, tokens: int) -> dict[
     operands = _operands(layers[0], layers[1], lambda tensor, indices: tensor[indices], torch.argsort)
 
     def apart() -> Any:
-        return product(product(activations, *layers[0], activation), *layers[1], "none", residual)
+        return product(product(drawn, *layers[0], activation), *layers[1], "none", residual)
 
     def fused(*tile: int) -> Callable[[], Any]:
-        return lambda: op(activations, *operands, activation, residual, *tile)
+        return lambda: op(drawn, *operands, activation, residual, *tile)
 
     tiles: Sequence[int] = _TILES if _kernel(second) == "native" else ()
     return {
@@ -195,10 +195,3 @@ def _runs(first: fx.Node, second: fx.Node, facts: Context, tokens: int) -> dict[
         Candidate("fused"): fused(),
         **{Candidate("fused", Tile(tokens, outputs=0, depth=0)): fused(tokens) for tokens in tiles},
     }
-
-
-def _activations(first: fx.Node) -> torch.Tensor | None:
-    """Under autocast the activations are a cast, made by a pass, of what capture recorded."""
-    x = argument(first, "x")
-    known = fake(x)
-    return fake(x.args[0]) if known is None and x.args else known

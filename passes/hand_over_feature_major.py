@@ -8,30 +8,57 @@ result, so that the product that computes it leaves it feature-major, too.
 
 Which products gain, the kernels say (`TritonProduct.why_token_major`), from what they compile to. Runs of 16 bytes need a
 multiple of 16 tokens, which is what the compiler tells numbers apart by. Expects `FuseMlp` before it, whose kernel has no
-hidden tensor, and the rules before that, which leave products beside each other. Reads shapes of weights, no values.
+hidden tensor, and the rules before that, which leave products beside each other. Reads shapes of weights, no values, but
+parameters that stay to measure tiles with: those that were measured for one layout say nothing of another.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from padst_compile.autotune.effort import Effort
+from padst_compile.autotune.launches import tune_launches
+from padst_compile.autotune.problem import token_bucket
 from padst_compile.kernels import dispatch, triton_support
 from padst_compile.kernels.launch import Problem
 from padst_compile.kernels.triton_product import new_outputs
-from padst_compile.passes.base import RewriteRule
+from padst_compile.passes.base import RewriteRule, RuleReport
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import argument, fake, rows, set_arguments
-from padst_compile.passes.native_calls import is_block_linear, is_nm_linear, is_triton_linear
+from padst_compile.passes.native_calls import activations, is_block_linear, is_nm_linear, is_triton_linear, layouts
 from padst_compile.structures import NM, Block, Diagonal, Structure
 
 _ALIGNED = 16  # tokens
 
 
 class HandOverFeatureMajor(RewriteRule):
-    """Lets Triton products leave their results in the layout that all their readers gain by."""
+    """Lets Triton products leave their results in the layout that all their readers gain by.
+
+    Args:
+        measure: whether tiles may be measured for products whose activations it laid out anew.
+        effort: how much, if so.
+    """
+
+    def __init__(self, *, measure: bool = False, effort: Effort = "quick") -> None:
+        self.measure, self.effort = measure, effort
+
+    def uuid(self) -> str:
+        """The rule's identity, with its options."""
+        return f"{super().uuid()}-{self.measure}-{self.effort}"
+
+    def run(self, facts: Context) -> RuleReport:
+        """Apply the rule, then tune what has activations in a layout that it was not tuned for."""
+        report = super().run(facts)
+        if report.rewritten and self.measure:
+            for node in facts.module.graph.nodes:
+                if is_triton_linear(node) and layouts(node):
+                    tune_launches(_trial(node, facts), self.effort)
+        return report
 
     def matches(self, node: fx.Node) -> bool:
         """A product on Triton that another one reads."""
@@ -117,3 +144,29 @@ def _problem(node: fx.Node, structure: Structure, facts: Context) -> Problem:
         f"{structure.kind}_forward", structure.to_string(), x, values, argument(node, "out_features"),
         permuted=triton_support.permuted_name(*tables),
     )  # fmt: skip
+
+
+def _trial(node: fx.Node, facts: Context) -> Callable[[], torch.Tensor]:
+    """The product on random activations in the layouts of its own."""
+    x, y = activations(node), fake(node)
+    assert x is not None
+    assert y is not None
+    tokens, out_features = token_bucket(rows(x), x.device.type), argument(node, "out_features")
+    reads = "feature-major input" in layouts(node)
+    # Its own generator: compiling must not change the random numbers that a model draws.
+    generator = torch.Generator(x.device).manual_seed(0)
+
+    def random(features: int, *, feature_major: bool) -> torch.Tensor:
+        sizes = (features, tokens) if feature_major else (tokens, features)
+        drawn = torch.randn(sizes, device=x.device, generator=generator).to(y.dtype)
+        return drawn.T if feature_major else drawn
+
+    drawn = {argument(node, "x"): random(int(x.shape[-1]), feature_major=reads)}
+    for name in ("gate", "residual"):
+        if argument(node, name) is not None:
+            drawn[argument(node, name)] = random(out_features, feature_major=argument(node, "feature_major"))
+    given = fx.map_arg((node.args, node.kwargs), lambda other: drawn[other] if other in drawn else facts.value(other))
+    arguments, options = given
+    product = node.target
+    assert callable(product)
+    return lambda: product(*arguments, **options)

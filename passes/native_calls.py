@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import fx
 
-from padst_compile.passes.graph import argument
+from padst_compile.passes.graph import argument, fake
 
 _NAMESPACES = ("padst_native", "padst_triton")
 _BLOCKS = ("padst_native.block_linear.default", "padst_triton.block_linear.default")
@@ -42,6 +42,13 @@ def is_block_linear(node: object) -> bool:
 def is_nm_linear(node: object) -> bool:
     """Whether `node` calls a kernel for N:M."""
     return isinstance(node, fx.Node) and is_native_linear(node) and str(node.target) in _NM
+
+
+def activations(node: fx.Node) -> torch.Tensor | None:
+    """What capture recorded of the activations that a native call reads, maybe in another dtype: a pass may have cast them."""
+    x = argument(node, "x")
+    known = fake(x)
+    return fake(x.args[0]) if known is None and x.args else known
 
 
 def layouts(node: fx.Node) -> tuple[str, ...]:

@@ -246,8 +246,8 @@ class Pipeline:
             choosing = rule in (ChooseKernels, FuseMlp)
             if rule.__name__ in self._disabled or (choosing and self._kernels is None):
                 continue
-            if rule is FoldBands:
-                chosen.append(FoldBands(measure=self._kernels == "measure", effort=self._autotune))
+            if rule in (FoldBands, HandOverFeatureMajor):
+                chosen.append(rule(measure=self._kernels == "measure", effort=self._autotune))
                 continue
             chosen.append(rule(self._kernels, self._autotune) if choosing else rule())  # type: ignore[call-arg]  # of those two
         return chosen

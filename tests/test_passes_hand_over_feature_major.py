@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,16 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import padst_compile as padst
-from padst_compile.autotune.tiles import recorded
+from padst_compile.autotune.tiles import find, launch_key, recorded
 from padst_compile.backend import compile_graph
 from padst_compile.kernels import dispatch, triton_support
 from padst_compile.kernels.launch import Problem
 from padst_compile.options import Options
 from padst_compile.passes.choose_kernels import ChooseKernels
+from padst_compile.passes.fuse_activation import FuseActivation
+from padst_compile.passes.fuse_gate import FuseGate
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
+from padst_compile.passes.graph import set_arguments
 from padst_compile.passes.hand_over_feature_major import HandOverFeatureMajor
 from padst_compile.passes.native_calls import is_triton_linear, layouts
 from padst_compile.structures import NM, Block, Diagonal, Structure, parse
@@ -312,6 +316,33 @@ def test_open_sizes(triton_device: torch.device) -> None:
         outcome, result = apply(model, x)
         assert_exact(model, x, result)
         assert outcome.rewritten == 2
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tiles_are_measured_for_the_layouts_that_launches_have(
+    autocast: bool, triton_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
+    model, x = sparse(Gated, "nm:1:4:16", triton_device), whole(16, 32, device=triton_device)
+    with torch.no_grad(), torch.autocast(triton_device.type, torch.bfloat16, enabled=autocast):
+        facts = capture(model, x).context(inference=True)
+        for rule in (FuseInputPermutation(), ChooseKernels("sparse"), FuseActivation(), FuseGate()):
+            rule.run(facts)
+        assert HandOverFeatureMajor(measure=True, effort="cached").run(facts).rewritten == 1
+        assert not list(tmp_path.rglob("*.json"))
+        for call in facts.module.graph.nodes:
+            if is_triton_linear(call):
+                set_arguments(call, feature_major=False)
+        assert HandOverFeatureMajor(measure=True, effort="quick").run(facts).rewritten == 1
+        facts.module.recompile()
+        run = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)
+        run(x)
+        with recorded() as launches:
+            run(x)
+    assert [launch.layout for launch in launches] == ["token/feature", "token/feature", "feature/token"]
+    for launch in launches:
+        found = find(launch_key(launch))
+        assert found is not None and found.source == "cached" and len(found.entry.timings) > 1
 
 
 def test_training_is_left_alone(triton_device: torch.device) -> None:
