@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import padst_compile as padst
 from padst_compile.backend import padst as backend
 from padst_compile.benchmarking.machine import describe_machine
+from padst_compile.benchmarking.memory import peak_bytes
 from padst_compile.benchmarking.models import build_model
 from padst_compile.benchmarking.report import write_json
 from padst_compile.layers import PermutedSparseLinear
@@ -130,7 +130,7 @@ def measure(model: str, batch: int, tokens: int, structure: str, permutation: st
     extra = (
         _staggered_extra(case.model, chosen, loss, learned)
         if fine
-        else _extra([_peak(sparse_step) for _ in range(CYCLE)], updates=1)
+        else _extra([peak_bytes(sparse_step) for _ in range(CYCLE)], updates=1)
     )
     return Training(
         model, batch, tokens, structure, permutation, statistics.median(dense_times) * 1e3, ordinary,
@@ -189,18 +189,6 @@ def _hooks(runtime: padst.Runtime, step: Callable[[], None]) -> float:
     return statistics.median(samples)
 
 
-def _peak(step: Callable[[], None]) -> int:
-    """The most bytes that were allocated at once during a step, beyond those at its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    held = peak = 0
-    kineto = recorded.profiler.kineto_results
-    for event in sorted((e for e in kineto.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def _extra(peaks: list[int], updates: int) -> int:
     """By how much the last so many steps, which updated layers, exceed the others."""
     return max(peaks[-updates:]) - int(statistics.median(peaks[:-updates]))
@@ -219,10 +207,10 @@ def _staggered_extra(
     runtime = _attach(model, optimizer, layers, learned, staggered=None)
     step = _stepper(model, optimizer, loss)
     step()
-    peaks = [_peak(step) for _ in range(3)]
+    peaks = [peak_bytes(step) for _ in range(3)]
     while runtime.step < layers - 1:
         step()
-    return _extra([*peaks, *(_peak(step) for _ in range(4))], updates=4)
+    return _extra([*peaks, *(peak_bytes(step) for _ in range(4))], updates=4)
 
 
 def _state_bytes(runtime: padst.Runtime, optimizer: torch.optim.Optimizer) -> int:

@@ -31,7 +31,13 @@ class GradientListener(Protocol):
         """Keep on this device what there is so far, and expect gradients from it: the layer has been moved."""
 
 
-_ROWS_AT_ONCE = 32  # enough for a GEMM, a fraction of a layer
+_GATHERED_ROWS = 32  # enough for a GEMM, and few of the tokens' columns to gather
+_PARTS = 8
+
+
+def part_height(height: int, rows: torch.Tensor | None = None) -> int:
+    """How many rows of a gradient of `height` rows to compute at once, so that they are a fraction of it; `rows` as below."""
+    return max(_GATHERED_ROWS, -(-height // _PARTS)) if rows is None else _GATHERED_ROWS
 
 
 def product(
@@ -52,14 +58,19 @@ def product(
         return (grad.T @ x).float()
     height = grad.shape[1] if rows is None else len(rows)
     result = torch.empty(height, x.shape[1] if columns is None else len(columns), device=x.device)
-    for begin in range(0, height, _ROWS_AT_ONCE):
-        part = slice(begin, begin + _ROWS_AT_ONCE)
-        gradient = ((grad[:, part] if rows is None else grad[:, rows[part]]).T @ x).float()
-        if columns is None:
-            result[part] = gradient
-        else:
-            torch.index_select(gradient, 1, columns, out=result[part])
+    step = part_height(height, rows)
+    for begin in range(0, height, step):
+        result[begin : begin + step] = product_part(grad, x, rows, columns, begin, step)
     return result
+
+
+def product_part(
+    grad: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, columns: torch.Tensor | None, begin: int, count: int
+) -> torch.Tensor:
+    """The rows from `begin` on of `product`, at most `count`: float32, in memory of their own."""
+    part = slice(begin, begin + count)
+    gradient = ((grad[:, part] if rows is None else grad[:, rows[part]]).T @ x).float()
+    return gradient if columns is None else gradient.index_select(1, columns)
 
 
 # Weak, so that a training that is given up midway leaves nobody behind who listens to memory that others use by then.

@@ -23,13 +23,18 @@ from padst_compile.training.selection import exchange
 class Keep:
     """A reducer that keeps a gradient."""
 
-    total: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
 
-    def add(self, gradient: torch.Tensor) -> None:
-        self.total = gradient.clone()
+    def add(self, part: torch.Tensor, begin: int) -> None:
+        assert begin == sum(map(len, self.parts))
+        self.parts.append(part.clone())
+
+    def end(self) -> None:
+        """Has all of it."""
 
     def clear(self) -> None:
-        self.total = None
+        self.parts = []
 
     def to(self, device: torch.device) -> None:
         """Stays."""
@@ -43,8 +48,7 @@ def magnitudes_of_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     for layer, listener in zip(layers_of(twin), listeners, strict=True):
         gradient_tap.listen(layer.topology[0], listener)
     loss_at(twin, 0).backward()
-    assert all(keep.total is not None for keep in kept)
-    return [keep.total for keep in kept]  # type: ignore[misc]  # asserted
+    return [torch.cat(keep.parts) for keep in kept]
 
 
 def norms(structure: Structure, dense: torch.Tensor, score: UnitScore) -> torch.Tensor:

@@ -18,9 +18,10 @@ from padst_compile.backend import padst as backend
 from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT, soft_permute
 from padst_compile.layers import LayerConfig, PermutedSparseLinear, SoftPermutation
-from padst_compile.structures import Shape, Unstructured, parse
+from padst_compile.structures import Block, Shape, Unstructured, parse
 from padst_compile.testing.training import STRUCTURES, batch, layers_of, loss_at, small_model
-from padst_compile.training.collector import DenseGradient, SampledScores
+from padst_compile.training.collector import DenseGradient
+from padst_compile.training.unit_scores import SampledScores, UnitScores
 
 TURN = torch.tensor([2, 0, 1, 5, 3, 4, 6], dtype=torch.int32)  # its inverse is another permutation; odd in number
 SIDES = ("input", "output")
@@ -275,39 +276,51 @@ def test_frozen_values_tell_nothing() -> None:
 # What the runtime listens to
 
 
-def test_reducers_get_the_gradient_and_then_its_magnitudes() -> None:
-    seen: dict[str, torch.Tensor] = {}
+class Keep:
+    """A reducer that keeps the parts of one gradient, which come in order."""
 
-    class Keep:
-        def __init__(self, name: str) -> None:
-            self.name = name
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
+        self.whole: torch.Tensor | None = None
 
-        def add(self, gradient: torch.Tensor) -> None:
-            seen[self.name] = gradient.clone()
+    def add(self, part: torch.Tensor, begin: int) -> None:
+        assert begin == sum(map(len, self.parts))
+        self.parts.append(part.clone())
 
-    grad, x = integers(5, 16), integers(5, 24, seed=1)
-    listener = DenseGradient((Keep("magnitude"),), (Keep("signed"),))
-    listener.products(grad, x)
-    assert torch.equal(seen["signed"].double(), grad.T @ x)
-    assert torch.equal(seen["magnitude"].double(), (grad.T @ x).abs())
-    given = integers(16, 24, seed=2).float()
+    def end(self) -> None:
+        self.whole, self.parts = torch.cat(self.parts), []
+
+    def clear(self) -> None:
+        self.whole, self.parts = None, []
+
+    def to(self, device: torch.device) -> None:
+        """Stays."""
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_reducers_get_the_gradient_and_its_magnitudes_in_parts(permuted: bool) -> None:
+    magnitude, signed = Keep(), Keep()
+    grad, x = integers(5, 100), integers(5, 24, seed=1)
+    around = (torch.randperm(100), torch.randperm(24)) if permuted else (None, None)
+    listener = DenseGradient((magnitude,), (signed,))
+    listener.products(grad, x, *around)
+    exact = (grad.T @ x).float()
+    exact = exact[around[0]][:, around[1]] if permuted else exact
+    assert signed.whole is not None
+    assert magnitude.whole is not None
+    assert torch.equal(signed.whole, exact)
+    assert torch.equal(magnitude.whole, exact.abs())
+    given = integers(100, 24, seed=2).float()
     untouched = given.clone()
     listener.weight(given)
     assert torch.equal(given, untouched)  # the op that hands it on goes on using it
-    assert torch.equal(seen["magnitude"], untouched.abs())
-    assert listener.poisoned == 0
+    assert torch.equal(magnitude.whole, untouched.abs())
+    assert not listener.poisoned
 
 
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("listens", ["the sample alone", "others, too"])
 def test_a_sample_takes_its_rows_and_others_all_of_the_gradient(permuted: bool, listens: str) -> None:
-    class Keep:
-        def add(self, gradient: torch.Tensor) -> None:
-            self.got = gradient.clone()
-
-        def clear(self) -> None:
-            """Keeps it."""
-
     keep, rows, shape = Keep(), torch.tensor([1, 4, 15]), Shape(16, 24)
     grad, x = integers(5, 16), integers(5, 24, seed=1)
     around = (torch.randperm(16), torch.randperm(24)) if permuted else (None, None)
@@ -319,7 +332,7 @@ def test_a_sample_takes_its_rows_and_others_all_of_the_gradient(permuted: bool, 
     expected = whole[rows].abs()
     assert sample.total is not None
     assert torch.equal(sample.total, expected)
-    assert listens == "the sample alone" or torch.equal(keep.got, whole)
+    assert listens == "the sample alone" or (keep.whole is not None and torch.equal(keep.whole, whole))
     listener.clear()
     listener.weight(whole)  # of a layer that runs dense
     assert torch.equal(sample.total, expected)
@@ -353,15 +366,27 @@ def test_a_permuted_gradient_takes_no_permuted_copy_of_what_it_is_made_of(tokens
     assert largest.nbytes <= max(got.nbytes, 32 * 4 * tokens if rows else 0)
 
 
+@pytest.mark.parametrize("rows", [None, torch.arange(64).flip(0)], ids=["as it is", "permuted"])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_gradients_that_are_not_finite_are_counted_not_handed_on(poison: float) -> None:
-    class Never:
-        def add(self, gradient: torch.Tensor) -> None:
-            raise AssertionError("handed on")
-
-    listener = DenseGradient((Never(),), (Never(),))
-    listener.products(torch.full((2, 4), poison), torch.ones(2, 4))
-    assert listener.poisoned == 1
+def test_nothing_is_left_of_gradients_if_one_is_not_finite(poison: float, rows: torch.Tensor | None) -> None:
+    """Wherever the entry lies, however much was added up before, and whatever comes until that is known to be in vain."""
+    keep, sums = Keep(), UnitScores(Block(8), "l2", Shape(64, 4))
+    sample = SampledScores(Block(8), "l1", Shape(64, 4), torch.arange(8))
+    listener = DenseGradient((sums,), (keep,), sample)
+    good, x = torch.ones(2, 64), torch.ones(2, 4)
+    bad = good.clone()
+    bad[0, 40] = poison
+    listener.products(good, x, rows)
+    assert not listener.poisoned
+    assert all(each is not None for each in (keep.whole, sums.total, sample.total))
+    for grad in (bad, good):
+        listener.products(grad, x, rows)
+        assert listener.poisoned
+        assert all(each is None for each in (keep.whole, sums.total, sample.total))
+    listener.clear()
+    listener.products(good, x, rows)
+    assert not listener.poisoned
+    assert keep.whole is not None
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])

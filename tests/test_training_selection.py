@@ -15,11 +15,11 @@ from padst_compile import permutation
 from padst_compile.layers import LayerConfig, PermutedSparseLinear
 from padst_compile.structures import Block, Shape, Structure, Topology
 from padst_compile.testing.strategies import PackedWeight, packed_weights
-from padst_compile.training.collector import UnitScores, unit_scores
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.rearrange import change_topology, companions, reorder_features
 from padst_compile.training.schedule import fraction_at, is_due, sparsity_at
 from padst_compile.training.selection import exchange, rank, smallest
+from padst_compile.training.unit_scores import FineScores, UnitScores, unit_scores, unit_sizes
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -114,7 +114,7 @@ def test_the_score_of_a_unit_is_the_norm_of_its_weights(packed: PackedWeight, sc
     """What a unit holds is found by activating it alone; sums over several gradients are sums of scores."""
     structure, shape = packed.structure, packed.shape
     magnitudes = packed.weight.abs()
-    scores = unit_scores(structure, magnitudes, score)  # type: ignore[arg-type]  # a score
+    scores = unit_scores(structure, magnitudes.clone(), score)  # type: ignore[arg-type]  # a score
     owner = unit_of_weight(structure, shape, scores.shape)
     exact = torch.zeros(scores.numel(), dtype=torch.float64)
     exact.index_add_(0, owner.flatten(), magnitudes.flatten() if score == "l1" else magnitudes.flatten().square())
@@ -122,11 +122,14 @@ def test_the_score_of_a_unit_is_the_norm_of_its_weights(packed: PackedWeight, sc
     inside = torch.zeros(scores.numel(), dtype=torch.bool).index_fill(0, owner.flatten(), value=True)
     assert torch.allclose(scores.flatten()[inside], exact[inside], rtol=1e-12)
     assert bool((scores.flatten()[~inside] == -torch.inf).all())
-    total = UnitScores(structure, score)  # type: ignore[arg-type]  # a score
-    total.add(magnitudes)
-    total.add(2 * magnitudes)
-    assert total.total is not None
-    assert torch.allclose(total.total, 3 * scores, rtol=1e-12)
+    single = bool((unit_sizes(structure, shape, magnitudes.device) <= 1).all())
+    for kind in (UnitScores, FineScores) if single else (UnitScores,):
+        total = kind(structure, score, shape)  # type: ignore[arg-type]  # a score
+        for gradient in (magnitudes, 2 * magnitudes):
+            for begin in range(0, shape.out_features, 3):
+                total.add(gradient[begin : begin + 3], begin)
+            total.end()
+        assert torch.allclose(total.estimate(), 3 * scores, rtol=1e-12)
 
 
 def unit_of_weight(structure: Structure, shape: Shape, grid: torch.Size) -> torch.Tensor:

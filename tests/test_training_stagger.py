@@ -15,7 +15,8 @@ def trained(structure: str, **settings: object) -> tuple[Runtime, list[tuple[int
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64))
     sparsity = None if structure.startswith("nm") else 0.5
-    model = padst.sparsify(model, padst.SparsitySpec(structure, sparsity=sparsity))
+    order = "learned" if "permutation" in settings else "none"
+    model = padst.sparsify(model, padst.SparsitySpec(structure, sparsity=sparsity, permutation=order))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # larger steps silence tanh, and layers without gradients stay
     config = padst.DSTConfig(interval=6, end=1.0, total_steps=24, check_invariants=True, **settings)
     runtime = padst.attach(model, optimizer, config)
@@ -36,6 +37,11 @@ def test_scores_as_fine_as_weights_exist_for_one_layer_at_a_time(structure: str)
     _, seen = trained(structure)
     places = [(6, "0"), (8, "2"), (10, "4"), (12, "0"), (14, "2"), (16, "4"), (18, "0")]
     assert seen == [(step, (layer,), 1) for step, layer in places]
+
+
+def test_diagonals_take_turns_where_regroup_looks_at_each_of_their_weights() -> None:
+    _, seen = trained("diagonal", permutation=padst.LearnedPermutation("regroup"))
+    assert [layers for _, layers, _ in seen][:4] == [("0",), ("2",), ("4",), ("0",)]
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,18 @@ class PlaceUnits:
 
     def scores(self, dense: torch.Tensor) -> torch.Tensor:
         """Sums of `dense` `[out, in]` (non-negative) over each group of lines, `[line groups, n]`."""
-        across = dense if self.side == "input" else dense.T
-        count = self.active.shape[0]
-        padded = torch.nn.functional.pad(across, (0, 0, 0, count * self.lines - across.shape[0]))
-        return padded.reshape(count, self.lines, -1).sum(1)
+        totals = dense.new_zeros(self.active.shape[0], self.group.numel())
+        self.add_scores(totals, dense, 0)
+        return totals
+
+    def add_scores(self, totals: torch.Tensor, rows: torch.Tensor, begin: int) -> None:
+        """Add to `scores` those of some rows of the dense matrix, `[rows, in]`, from row `begin` on."""
+        if self.side == "input":
+            group = torch.arange(begin, begin + len(rows), device=rows.device) // self.lines
+            totals.index_add_(0, group, rows)
+        else:
+            group = torch.arange(rows.shape[1], device=rows.device) // self.lines
+            totals[:, begin : begin + len(rows)].index_add_(0, group, rows.T)
 
     def held(self) -> torch.Tensor:
         """Which units are active at each place, bool `[line groups, n]`."""

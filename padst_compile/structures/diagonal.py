@@ -10,7 +10,7 @@ import torch
 from padst_compile.errors import StructureMismatchError
 from padst_compile.structures.base import Shape, Structure, Topology, count_active, not_indices, require_positive
 
-_DIAGONALS_AT_ONCE = _ROWS_AT_ONCE = 64
+_DIAGONALS_AT_ONCE = _ROWS_AT_ONCE = 32  # positions take four times the memory of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +61,18 @@ class Diagonal(Structure):
         """See `Structure.unit_totals`."""
         shape = Shape(*scores.shape)
         offsets = torch.arange(_sizes(shape)[1], device=scores.device)
-        # In parts, because the positions of all diagonals take four times the memory of the scores.
-        totals = torch.cat([self.pack(scores, (part,)).sum(1) for part in offsets.split(_DIAGONALS_AT_ONCE)])
+        totals = torch.cat([scores[self.positions((own,), shape)].sum(1) for own in offsets.split(_DIAGONALS_AT_ONCE)])
         return totals.reshape(-1, self.classes(shape)).sum(0, keepdim=True)
 
     def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
         """See `Structure.unit_totals_of_rows`: all of them, which are few."""
         shape = Shape(out_features, scores.shape[1])
-        period, classes = _sizes(shape)[1], self.classes(shape)
-        columns = torch.arange(shape.in_features, device=scores.device)
+        classes = self.classes(shape)
+        columns = torch.arange(shape.in_features, dtype=torch.int32, device=scores.device)
         totals = scores.new_zeros(classes)
-        for part, own in zip(scores.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
+        for part, own in zip(scores.split(_ROWS_AT_ONCE), rows.int().split(_ROWS_AT_ONCE), strict=True):
             ahead = columns - own[:, None] if shape.in_features >= out_features else own[:, None] - columns
-            totals.index_add_(0, (ahead % period % classes).flatten(), part.flatten())
+            totals.index_add_(0, ahead.remainder_(classes).flatten(), part.flatten())  # classes divide the period
         return totals[None]
 
     def active_units(self, topology: Topology, shape: Shape) -> torch.Tensor:
@@ -91,13 +90,14 @@ class Diagonal(Structure):
 
     def pack(self, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
         """See `Structure.pack`."""
-        rows, columns = self.positions(topology, Shape(*weight.shape))
-        return weight[rows, columns].contiguous()
+        shape = Shape(*weight.shape)
+        return torch.cat([weight[self.positions((own,), shape)] for own in topology[0].split(_DIAGONALS_AT_ONCE)])
 
     def unpack(self, values: torch.Tensor, topology: Topology, shape: Shape) -> torch.Tensor:
         """See `Structure.unpack`."""
         weight = values.new_zeros(shape.out_features, shape.in_features)
-        weight[self.positions(topology, shape)] = values
+        for own, part in zip(topology[0].split(_DIAGONALS_AT_ONCE), values.split(_DIAGONALS_AT_ONCE), strict=True):
+            weight[self.positions((own,), shape)] = part
         return weight
 
     def check_topology(self, topology: Topology, shape: Shape) -> str | None:

@@ -73,7 +73,8 @@ class NM(Structure):
 
     def unit_totals(self, scores: torch.Tensor) -> torch.Tensor:
         """See `Structure.unit_totals`: scores summed over the rows that share the choice."""
-        return self._inside(self._groups(scores).sum(1), scores.shape[1])
+        groups = self._groups(scores)  # of one row they are its sums, and no copy: a dense weight is large
+        return self._inside(groups.sum(1) if self.vector > 1 else groups.flatten(0, 1), scores.shape[1])
 
     def unit_totals_of_rows(self, scores: torch.Tensor, rows: torch.Tensor, out_features: int) -> torch.Tensor:
         """See `Structure.unit_totals_of_rows`: of the row groups that have any of the rows, `[groups, m]` in their order."""

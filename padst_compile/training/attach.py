@@ -220,9 +220,13 @@ def _check_shards(model: nn.Module, named: Sequence[tuple[str, PermutedSparseLin
 
 def _stagger(layers: Sequence[TrainedLayer], config: DSTConfig) -> None:
     """Give the layers that are to be updated one after the other their places in the interval."""
-    learned = config.permutation is not None and config.permutation.method == "regroup"
-    collects = needs_gradient(config.method) or learned
-    later = [layer for layer in layers if (collects and layer.has_fine_units if config.staggered is None else config.staggered)]
+    regroups = config.permutation is not None and config.permutation.method == "regroup"
+    collects = needs_gradient(config.method) or regroups
+
+    def is_fine(layer: TrainedLayer) -> bool:  # regroup looks at every weight of a diagonal
+        return collects and (layer.has_fine_units or (regroups and isinstance(layer.structure, Diagonal)))
+
+    later = [layer for layer in layers if (is_fine(layer) if config.staggered is None else config.staggered)]
     for number, layer in enumerate(later):
         layer.offset = number * config.interval // len(later)
 

@@ -11,12 +11,12 @@ from padst_compile.errors import AttachError
 from padst_compile.kernels import gradient_tap
 from padst_compile.kernels.soft_permute import HARD, SOFT
 from padst_compile.layers import SoftPermutation
-from padst_compile.training.collector import Reducer, Sum
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import NOTHING
 from padst_compile.training.passes import Passes
 from padst_compile.training.permutations import birkhoff
 from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_harden, weight_at
+from padst_compile.training.reducer import Reducer, Sum
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 

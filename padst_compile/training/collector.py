@@ -1,58 +1,22 @@
-"""Turns the dense gradient of a layer into sums, one layer at a time, on the steps that need them."""
+"""Hears of the dense gradient of a layer, and hands it on to whoever needs it, a few rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from padst_compile.kernels import gradient_tap
-from padst_compile.structures import Shape, Structure
-from padst_compile.training.config import UnitScore
 from padst_compile.training.passes import Passes
-
-
-class Reducer(Protocol):
-    """Keeps of a dense gradient what its owner needs."""
-
-    def add(self, gradient: torch.Tensor) -> None:
-        """Take in a gradient, or its magnitudes: float32 `[out_features, in_features]`, not to be changed or kept."""
-
-    def clear(self) -> None:
-        """Forget all of it: those gradients have been dropped."""
-
-    def to(self, device: torch.device) -> None:
-        """Move to the device that gradients come from now."""
-
-
-class Sum:
-    """Adds up tensors of one shape.
-
-    Attributes:
-        total: of them; None before the first.
-    """
-
-    def __init__(self) -> None:
-        self.total: torch.Tensor | None = None
-
-    def gather(self, part: torch.Tensor) -> None:
-        """Add one, which may be a view of what is changed later."""
-        self.total = part.clone() if self.total is None else self.total + part
-
-    def clear(self) -> None:
-        """See `Reducer.clear`."""
-        self.total = None
-
-    def to(self, device: torch.device) -> None:
-        """See `Reducer.to`."""
-        self.total = None if self.total is None else self.total.to(device)
+from padst_compile.training.reducer import Reducer
+from padst_compile.training.unit_scores import SampledScores
 
 
 class DenseGradient:
-    """Listens to one layer between two optimizer steps (`gradient_tap`) and hands its dense gradient on.
+    """Listens to one layer between two optimizer steps (`gradient_tap`) and hands its dense gradient on, in parts.
 
-    The dense gradient of each backward pass exists while it is being reduced and no longer. Over several backward passes
+    No dense gradient ever exists as a whole, unless a layer that runs dense hands one over. Over several backward passes
     (gradient accumulation, ranks) magnitudes are added, not gradients: a signed sum would be a dense gradient per layer.
 
     Args:
@@ -62,7 +26,8 @@ class DenseGradient:
         passes: knows which backward passes were in vain; None where none are.
 
     Attributes:
-        poisoned: gradients with NaN or infinite entries, which were not handed on.
+        poisoned: whether a gradient had NaN or infinite entries. Then nothing is left of those before it, and nothing of
+            others is handed on until `clear`: the step is as good as lost.
     """
 
     def __init__(
@@ -73,7 +38,7 @@ class DenseGradient:
         passes: Passes | None = None,
     ) -> None:
         self.magnitudes, self.signed, self.sampled, self._passes = tuple(magnitudes), tuple(signed), sampled, passes
-        self.poisoned = 0
+        self.poisoned = False
         if passes is not None:
             passes.watch(self)
 
@@ -83,10 +48,12 @@ class DenseGradient:
         """See `GradientListener.products`."""
         if not self._wanted():
             return
+        height = grad.shape[1] if rows is None else len(rows)
+        step = gradient_tap.part_height(height, rows)
         with torch.no_grad():
-            if self.sampled is None or self.magnitudes or self.signed:
-                self._hand_on(gradient_tap.product(grad, x, rows, columns))
-            else:
+            if self.magnitudes or self.signed:
+                self._hand_on(partial(gradient_tap.product_part, grad, x, rows, columns), height, step)
+            if self.sampled is not None and not self.poisoned:
                 wanted = self.sampled.rows if rows is None else rows[self.sampled.rows]
                 self._hand_rows_on(self.sampled, gradient_tap.product(grad, x, wanted, columns))
 
@@ -94,15 +61,18 @@ class DenseGradient:
         """See `GradientListener.weight`."""
         if not self._wanted():
             return
+        step = gradient_tap.part_height(len(gradient))
         with torch.no_grad():
-            if self.sampled is None or self.magnitudes or self.signed:
-                self._hand_on(gradient.to(torch.float32, copy=True))
-            else:
+            if self.magnitudes or self.signed:
+                self._hand_on(
+                    lambda begin, count: gradient[begin : begin + count].to(torch.float32, copy=True), len(gradient), step
+                )
+            if self.sampled is not None and not self.poisoned:
                 self._hand_rows_on(self.sampled, gradient[self.sampled.rows].float())
 
     def clear(self) -> None:
         """See `Restartable.clear`."""
-        self.poisoned = 0
+        self.poisoned = False
         for reducer in self._reducers():
             reducer.clear()
 
@@ -118,93 +88,33 @@ class DenseGradient:
         """Whether anybody wants the gradient of the backward pass that runs now."""
         if self._passes is not None:
             self._passes.enter()
-        return bool(self._reducers())
+        return bool(self._reducers()) and not self.poisoned
 
-    def _hand_on(self, gradient: torch.Tensor) -> None:
-        """`gradient` `[out, in]` is ours to overwrite."""
-        if not self._is_finite(gradient):
-            return
+    def _hand_on(self, part_at: Callable[[int, int], torch.Tensor], height: int, step: int) -> None:
+        """A gradient of so many rows, of which `part_at` gives the next `step`; they are ours to overwrite."""
+        sums = [self._hand_part_on(part_at(begin, step), begin) for begin in range(0, height, step)]
+        self._check(torch.stack(sums))  # once, for on a GPU each look is a wait
+        if not self.poisoned:
+            for reducer in (*self.magnitudes, *self.signed):
+                reducer.end()
+
+    def _hand_part_on(self, part: torch.Tensor, begin: int) -> torch.Tensor:
+        """Returns its sum; a function of its own, so that no name holds the part while the next one is computed."""
+        total = part.sum()
         for reducer in self.signed:
-            reducer.add(gradient)
-        gradient.abs_()
+            reducer.add(part, begin)
+        part.abs_()
         for reducer in self.magnitudes:
-            reducer.add(gradient)
-        if self.sampled is not None:
-            self.sampled.add(gradient)
+            reducer.add(part, begin)
+        return total
 
     def _hand_rows_on(self, sampled: SampledScores, part: torch.Tensor) -> None:
         """`part` `[rows, in]` is ours to overwrite."""
-        if self._is_finite(part):
+        self._check(part.sum())
+        if not self.poisoned:
             sampled.add_rows(part.abs_())
 
-    def _is_finite(self, gradient: torch.Tensor) -> bool:
-        finite = bool(gradient.sum().isfinite())
-        self.poisoned += not finite
-        return finite
-
-
-class UnitScores(Sum):
-    """Adds up the norms of a layer's units: `total`, float32 `[pools, units]`, or what `estimate` makes that of."""
-
-    def __init__(self, structure: Structure, score: UnitScore) -> None:
-        super().__init__()
-        self.structure, self.score = structure, score
-
-    def add(self, gradient: torch.Tensor) -> None:
-        """See `Reducer.add`; takes magnitudes."""
-        self.gather(unit_scores(self.structure, gradient, self.score))
-
-    def estimate(self) -> torch.Tensor:
-        """`total`, or what it would be: -inf where nothing is known of a unit, or there is none."""
-        assert self.total is not None  # the runtime leaves updates out where nothing came
-        return self.total
-
-
-class SampledScores(UnitScores):
-    """The same from a sample of the output rows, which estimates it (Grass, Muhamed et al. 2024).
-
-    What is added up is of units with any of these rows alone, or of all where a unit is large (`Structure.grid_of_rows`).
-
-    Args:
-        structure: of the layer.
-        score: of its units.
-        shape: of the layer.
-        rows: int64, the sample.
-    """
-
-    def __init__(self, structure: Structure, score: UnitScore, shape: Shape, rows: torch.Tensor) -> None:
-        super().__init__(structure, score)
-        self.shape, self.rows = shape, rows
-
-    def add(self, gradient: torch.Tensor) -> None:
-        """See `Reducer.add`; takes magnitudes of all rows."""
-        self.add_rows(gradient[self.rows])
-
-    def add_rows(self, part: torch.Tensor) -> None:
-        """Take in magnitudes of the sample, float32 `[rows, in_features]`."""
-        powers = part if self.score == "l1" else part.square()
-        self.gather(_norm(self.structure.unit_totals_of_rows(powers, self.rows, self.shape.out_features), self.score))
-
-    def to(self, device: torch.device) -> None:
-        """See `Reducer.to`."""
-        super().to(device)
-        self.rows = self.rows.to(device)
-
-    def estimate(self) -> torch.Tensor:
-        """See `UnitScores.estimate`: as if the weights of a unit were all like those in the sample."""
-        totals, columns = super().estimate(), self.shape.in_features
-        sizes = self.structure.unit_totals(torch.ones(self.shape.out_features, columns, device=totals.device))
-        ones = torch.ones(len(self.rows), columns, device=totals.device)
-        counts = self.structure.unit_totals_of_rows(ones, self.rows, self.shape.out_features)
-        total, seen = (self.structure.grid_of_rows(each, self.rows, self.shape) for each in (totals, counts))
-        return torch.where(seen > 0, total * _norm(sizes / seen, self.score), -torch.inf)
-
-
-def unit_scores(structure: Structure, magnitudes: torch.Tensor, score: UnitScore) -> torch.Tensor:
-    """The norm of every unit of `magnitudes` `[out, in]`: `[pools, units]`, -inf where there is no unit."""
-    return _norm(structure.unit_totals(magnitudes if score == "l1" else magnitudes.square()), score)
-
-
-def _norm(totals: torch.Tensor, score: UnitScore) -> torch.Tensor:
-    """From totals of magnitudes, or of their squares."""
-    return totals if score == "l1" else torch.where(totals >= 0, totals.sqrt(), totals)
+    def _check(self, sums: torch.Tensor) -> None:
+        if not bool(sums.isfinite().all()):
+            self.clear()
+            self.poisoned = True

@@ -84,8 +84,8 @@ class DSTConfig:
         permutation: how permutations are learned; None leaves them as they are.
         check_invariants: check the topology, the optimizer state and the zeros after every update.
         staggered: update layers one after the other, spread over the interval, instead of all at the same step. None does so
-            with layers whose units are about as many as their weights (unstructured, N:M with few rows to a vector): their
-            scores are as large as dense gradients, of which there is then one at a time.
+            with layers whose units are about as many as their weights (unstructured, N:M with few rows to a vector, diagonals
+            under regroup): their scores are as large as dense gradients, of which there is then one at a time.
         seed: of every random choice.
 
     Raises:

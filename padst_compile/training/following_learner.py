@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from padst_compile.training.collector import Reducer
+from padst_compile.training.reducer import Reducer
 from padst_compile.training.sinkhorn_learner import SinkhornLearner
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World

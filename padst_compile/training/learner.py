@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from padst_compile.training.collector import Reducer
+from padst_compile.training.reducer import Reducer
 from padst_compile.training.world import World
 
 NOTHING: tuple[tuple[Reducer, ...], tuple[Reducer, ...]] = ((), ())  # what a learner asks for that need not `listen`

@@ -21,7 +21,7 @@ def stored_mask(trained: TrainedLayer) -> torch.Tensor:
 def _spread(units: torch.Tensor, structure: Structure, shape: Shape) -> torch.Tensor:
     """1 at the weights of chosen units, else 0, float32 `[out, in]`: the adjoint of summing weights over units."""
     with torch.enable_grad():
-        weight = torch.zeros(shape.out_features, shape.in_features, device=units.device, requires_grad=True)
+        weight = torch.zeros((), device=units.device).expand(shape.out_features, shape.in_features).requires_grad_()
         (dense,) = torch.autograd.grad(structure.unit_totals(weight), weight, units.float())
     return dense
 

@@ -10,11 +10,11 @@ import torch
 
 from padst_compile.permutation_search.units import PlaceUnits, place_units
 from padst_compile.training.acting_steps import acting_steps
-from padst_compile.training.collector import Reducer, Sum
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import NOTHING
 from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.rearrange import reorder_features
+from padst_compile.training.reducer import Reducer, Sum
 from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -104,6 +104,8 @@ class _LineScores(Sum):
         super().to(device)
         self.units = self.units.to(device)
 
-    def add(self, gradient: torch.Tensor) -> None:
+    def add(self, part: torch.Tensor, begin: int) -> None:
         """See `Reducer.add`; takes magnitudes."""
-        self.gather(self.units.scores(gradient))
+        if self.total is None:
+            self.total = part.new_zeros(self.units.active.shape[0], self.units.group.numel())
+        self.units.add_scores(self.total, part, begin)

@@ -12,7 +12,7 @@ import torch
 
 from padst_compile.errors import AttachError
 from padst_compile.structures import NM
-from padst_compile.training.collector import DenseGradient, SampledScores, UnitScores
+from padst_compile.training.collector import DenseGradient
 from padst_compile.training.config import DSTConfig
 from padst_compile.training.invariants import check_layer
 from padst_compile.training.learner import PermutationLearner
@@ -24,6 +24,7 @@ from padst_compile.training.sharding import is_sharded, local
 from padst_compile.training.soft_top_k import SoftTopK
 from padst_compile.training.topology import Situation, TopologyUpdate, needs_gradient, update_topology
 from padst_compile.training.trained_layer import TrainedLayer
+from padst_compile.training.unit_scores import FineScores, SampledScores, UnitScores
 from padst_compile.training.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class Runtime:
         """What adds up the gradients of a layer's units, from all its output rows or a sample."""
         structure, score, total = trained.structure, self.config.score, trained.shape.out_features
         if self.config.gradient_rows == 1.0:
-            return UnitScores(structure, score)
+            return (FineScores if trained.has_single_weights else UnitScores)(structure, score, trained.shape)
         order = torch.randperm(total, generator=trained.generator(self.config.seed, step, "rows"))
         rows = order[: max(1, round(self.config.gradient_rows * total))].sort().values
         return SampledScores(structure, score, trained.shape, rows.to(trained.layer.topology[0].device))

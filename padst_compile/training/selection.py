@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_PARTS = 16
+
 
 def exchange(active: torch.Tensor, keep: torch.Tensor, grow: torch.Tensor, count: int) -> torch.Tensor:
     """Drop `count` active units and grow as many, in the same pools.
@@ -22,9 +24,10 @@ def exchange(active: torch.Tensor, keep: torch.Tensor, grow: torch.Tensor, count
     """
     kept = active & ~smallest(keep, active & (grow > -torch.inf), count)
     vacancies = active.sum(1) - kept.sum(1)
-    pools = vacancies.nonzero()[:, 0]  # of N:M's many pools most are full
-    candidates = grow[pools].masked_fill(kept[pools], -torch.inf)
-    kept[pools] |= rank(candidates) < vacancies[pools, None]
+    vacant = vacancies.nonzero()[:, 0]  # of N:M's many pools most are full
+    for pools in vacant.split(-(-len(active) // _PARTS)):  # sorting takes several times their memory
+        candidates = grow[pools].masked_fill_(kept[pools], -torch.inf)
+        kept[pools] |= rank(candidates) < vacancies[pools, None]
     return kept
 
 

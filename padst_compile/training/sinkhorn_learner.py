@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from padst_compile.training.acting_steps import acting_steps
-from padst_compile.training.collector import Reducer, Sum
 from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import NOTHING
 from padst_compile.training.permutations.blocks import split
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
+from padst_compile.training.reducer import Reducer, Sum
 from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -99,21 +99,42 @@ class _BlockGradient(Sum):
     def __init__(self, trained: TrainedLayer, learner: SinkhornSTE) -> None:
         super().__init__()
         self.trained, self.learner = trained, learner
+        self._weight: torch.Tensor | None = None  # while a gradient comes
 
     def to(self, device: torch.device) -> None:
         """See `Reducer.to`."""
         super().to(device)
         self.learner.to(device)
 
-    def add(self, gradient: torch.Tensor) -> None:
+    def add(self, part: torch.Tensor, begin: int) -> None:
         """See `Reducer.add`; takes the signed gradient."""
         layer = self.trained.layer
-        assert layer.permutation is not None
-        weight = self.trained.structure.unpack(whole(layer.values), layer.topology, self.trained.shape).float()
-        table, places, features = layer.permutation.long(), self.learner.places, self.learner.features
+        if self._weight is None:
+            self._weight = self.trained.structure.unpack(whole(layer.values), layer.topology, self.trained.shape)
+        table, features = self.trained.permutation.long(), self.learner.features
         if layer.config.permuted == "input":
             back = torch.empty_like(table)
             back[table] = torch.arange(table.numel(), device=table.device)
-            self.gather(torch.einsum("obi,obj->bij", weight[:, places], gradient[:, back[features]]))
+            weight = self._weight[begin : begin + len(part)].float()
+            self.gather(torch.einsum("obi,obj->bij", weight[:, self.learner.places], part[:, back[features]]))
         else:
-            self.gather(torch.einsum("bix,bjx->bij", gradient[table[places]], weight[features]))
+            self._add_rows(part, begin, table[self.learner.places], features)
+
+    def end(self) -> None:
+        """See `Reducer.end`."""
+        self._weight = None
+
+    def clear(self) -> None:
+        """See `Restartable.clear`."""
+        super().clear()
+        self._weight = None
+
+    def _add_rows(self, part: torch.Tensor, begin: int, rows: torch.Tensor, features: torch.Tensor) -> None:
+        """For the output side: each row of the gradient meets the weights of the features of its block alone."""
+        assert self._weight is not None
+        if self.total is None:
+            self.total = part.new_zeros(*rows.shape, features.shape[1])
+        for own, block_rows, block_features in zip(self.total, rows, features, strict=True):
+            here = ((block_rows >= begin) & (block_rows < begin + len(part))).nonzero()[:, 0]
+            if here.numel():
+                own[here] += part[block_rows[here] - begin] @ self._weight[block_features].float().T

@@ -9,7 +9,6 @@ import torch
 
 from padst_compile.structures import NM
 from padst_compile.training.ablation import neurons_to_keep
-from padst_compile.training.collector import UnitScores, unit_scores
 from padst_compile.training.config import DSTConfig, Method
 from padst_compile.training.pruning import stored_mask
 from padst_compile.training.rearrange import change_topology
@@ -17,6 +16,7 @@ from padst_compile.training.schedule import fraction_at, sparsity_at
 from padst_compile.training.selection import exchange, smallest
 from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
+from padst_compile.training.unit_scores import UnitScores, unit_scores, unit_sizes
 from padst_compile.training.world import World
 
 
@@ -45,17 +45,22 @@ Score = Callable[[Situation], torch.Tensor]
 
 def _magnitude(now: Situation) -> torch.Tensor:
     layer = now.trained.layer
-    dense = now.trained.structure.unpack(whole(layer.values), layer.topology, now.trained.shape)
-    return unit_scores(now.trained.structure, dense.float().abs_(), now.config.score)
+    return _scores_of(now, whole(layer.values).float().abs())
 
 
 def _magnitude_and_gradient(now: Situation) -> torch.Tensor:
     """`|w| + λ |g|` (MEST, Yuan et al. 2021, equation 1)."""
-    layer, structure = now.trained.layer, now.trained.structure
+    layer = now.trained.layer
     importance = whole(layer.values).float().abs()
     if layer.values.grad is not None:
         importance += now.config.mest_weight * whole(layer.values.grad).float().abs()
-    return unit_scores(structure, structure.unpack(importance, layer.topology, now.trained.shape), now.config.score)
+    return _scores_of(now, importance)
+
+
+def _scores_of(now: Situation, magnitudes: torch.Tensor) -> torch.Tensor:
+    """Norms of units, from magnitudes of the layer's values."""
+    structure, shape = now.trained.structure, now.trained.shape
+    return unit_scores(structure, structure.unpack(magnitudes, now.trained.layer.topology, shape), now.config.score)
 
 
 def _gradient(now: Situation) -> torch.Tensor:
@@ -67,7 +72,7 @@ def _chance(now: Situation) -> torch.Tensor:
     """Uniform numbers, drawn alike on all ranks; -inf where there is no unit."""
     shape, structure = now.trained.shape, now.trained.structure
     device = now.trained.layer.topology[0].device
-    inside = structure.unit_totals(torch.ones(shape.out_features, shape.in_features, device=device)) >= 0
+    inside = unit_sizes(structure, shape, device) > -torch.inf
     generator = now.trained.generator(now.config.seed, now.step, "growth")
     return torch.rand(inside.shape, generator=generator).to(device).masked_fill(~inside, -torch.inf)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import zlib
 from typing import Any
@@ -16,6 +17,7 @@ from padst_compile.permutation_search.exchanges import Exchanges
 from padst_compile.structures import NM, Shape, Structure
 from padst_compile.training.passes import Passes
 from padst_compile.training.sharding import is_sharded
+from padst_compile.training.unit_scores import unit_sizes
 
 _NO_EXCHANGES = Exchanges(())
 _FINE = 4  # weights to a unit, below which units are fine
@@ -83,6 +85,11 @@ class TrainedLayer:
         """Whether scores of its units take about as much memory as its dense gradient."""
         return self.active().numel() * _FINE > self.shape.numel
 
+    @functools.cached_property
+    def has_single_weights(self) -> bool:
+        """Whether each of its units is one weight."""
+        return bool((unit_sizes(self.structure, self.shape, self.layer.topology[0].device) <= 1).all())
+
     @property
     def has_other_weights(self) -> bool:
         """Whether the layers' weights are no longer the optimizer's; sharded ones, which are gathered at times, always are."""
@@ -103,8 +110,8 @@ class TrainedLayer:
 
     def active_weights(self) -> int:
         """How many weights its active units hold."""
-        totals = self.structure.unit_totals(torch.ones(self.shape.out_features, self.shape.in_features))
-        return int(totals[self.active().cpu()].sum(dtype=torch.float64))
+        sizes = unit_sizes(self.structure, self.shape, torch.device("cpu"))
+        return int(sizes[self.active().cpu()].sum(dtype=torch.float64))
 
     def given_up(self) -> torch.Tensor:
         """Which outputs of S have no active unit left where they had some, bool `[out_features]` on the CPU."""
