@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import DENSE, DENSE_TUNED
-from ratios import NONE, RANDOM, RESULTS, TITLES, Recorded, best_dense, files_of, recorded, where
+from ratios import NONE, RANDOM, RESULTS, TITLES, Recorded, best_dense, device_of, files_of, recorded, where
 
 from padst_compile.files import replace_text
 from padst_compile.structures import structure_from_dict
@@ -35,7 +35,7 @@ IN_SHORT = ("models", "layers", "training-layers", "training", "end-to-end")
 def summary() -> str:
     """How many times as fast as the best dense, for each case that has random permutations, machines side by side."""
     files = [file for file in recorded() if file.title in [TITLES[kind] for kind in IN_SHORT]]
-    machines = list(dict.fromkeys(_short(file.machine) for file in files))
+    machines = list(dict.fromkeys(device_of(file.machine) for file in files))
     lines = ["| | " + " | ".join(machines) + " |", "|-|" + "-:|" * len(machines)]
     for title in dict.fromkeys(file.title for file in files):
         lines.append(f"| **{title}** |" + " |" * len(machines))
@@ -49,16 +49,12 @@ def _ratios(files: list[Recorded], machines: list[str]) -> list[str]:
     for file in files:
         for case in file.cases:
             if RANDOM in case.ratios:
-                found.setdefault(case.name, {})[_short(file.machine)] = case.ratios[RANDOM]
+                found.setdefault(case.name, {})[device_of(file.machine)] = case.ratios[RANDOM]
     lines = []
     for name, ratios in found.items():
         cells = " | ".join(f"{ratios[machine]:.1f}x" if machine in ratios else "" for machine in machines)
         lines.append(f"| {name} | {cells} |")
     return lines
-
-
-def _short(machine: dict[str, Any]) -> str:
-    return machine["gpu"] or f"{machine['cpu']}{', AMX' if machine['amx'] else ''}"
 
 
 def tables() -> str:

@@ -70,9 +70,14 @@ def files_of(kind: str, folder: Path = RESULTS) -> list[Path]:
     return [path for path in sorted(folder.glob(f"*-{kind}.json")) if not path.name.endswith(longer)]
 
 
+def device_of(machine: dict[str, Any], *details: str) -> str:
+    """What computed, in short; `details` are of a CPU."""
+    return machine["gpu"] or ", ".join((machine["cpu"], *details, *(["AMX"] if machine["amx"] else [])))
+
+
 def where(machine: dict[str, Any]) -> str:
     """A machine as a result describes it, in words."""
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['vector']}{', AMX' if machine['amx'] else ''}"
+    device = device_of(machine, machine["vector"])
     versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "timm", "transformers") if machine.get(name)]
     compiler = [machine["compiler"]] if machine.get("compiler") else []
     parts = (device, f"{machine['threads']} CPU thread(s)", f"Python {machine['python']}", *versions, *compiler)

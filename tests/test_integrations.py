@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_a_trainer_trains_sparsely_and_a_resumed_one_has_the_same_losses(tmp_pat
     whole.train()
     rows = [row for row in whole.state.log_history if "loss" in row]
     assert [row["padst/updates"] for row in rows] == [0, 1, 1, 2, 2, 3, 3, 4]
-    assert [row["padst/hardened"] > 0 for row in rows] == [step >= 6 for step in range(1, STEPS + 1)]
+    assert [row["padst/hardened"] > 0 for row in rows] == [step >= 7 for step in range(1, STEPS + 1)]
     assert not any(layer.soft is not None for _, layer in sparse_layers(whole.model))  # finalized
     resumed = trainer(tmp_path / "whole")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
@@ -69,6 +70,20 @@ def test_a_trainer_trains_sparsely_and_a_resumed_one_has_the_same_losses(tmp_pat
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, callback=False).train()
     with pytest.raises(ResumeError, match="checkpoint-5 has no state of the sparse training"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_bit_that_flips_in_the_state_is_noticed(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    file = tmp_path / "checkpoint-5" / "padst_runtime.pt"
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        largest = archive.read(max(archive.infolist(), key=lambda record: record.file_size))
+    content[content.index(largest) + len(largest) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        ResumeError, match=r"padst_runtime\.pt cannot be read \(.* is not as it was written\); resume from another"
+    ):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 

@@ -61,6 +61,16 @@ def test_features_stay_on_steps_that_update_the_topology(learned: PermutationMet
     assert max(map(max, moved.values())) > 4, "nothing moved after the first update"
 
 
+@pytest.mark.parametrize(("deadline", "hard"), [(11, 11), (12, 13)])
+def test_soft_permutations_become_hard_on_steps_without_an_update(deadline: int, hard: int) -> None:
+    method = padst.LearnedPermutation("autoshuffle", deadline=deadline / 24, threshold=0.0)
+    model = small_model(permutation="learned")
+    config = padst.DSTConfig(interval=4, total_steps=24, end=1.0, permutation=method)
+    grown, moved = steps_of(model, config, loss_at)
+    assert moved == {"0": [hard], "2": [hard]}
+    assert all(12 in steps for steps in grown.values())
+
+
 def test_layers_that_move_together_stay_when_any_of_them_is_updated() -> None:
     torch.manual_seed(0)
     targets = ("1.gate", "1.up")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +36,9 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        _check_sums(path)
         state = read_state(path, device)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read ({error}); delete it to start this run again") from error
     if not isinstance(state, dict) or state.pop("version", None) != _VERSION:
         raise RunFolderError(f"{path} is no checkpoint of version {_VERSION}; delete it to start this run again")
     return state
-
-
-def _check_sums(path: Path) -> None:
-    """Compare what torch wrote with the checksums beside it, which torch does not read.
-
-    Raises:
-        ValueError: a byte has changed.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            changed = file.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(str(error) or repr(error)) from error
-    if changed is not None:
-        raise ValueError(f"{changed} is not as it was written")

@@ -38,24 +38,21 @@ class ActingSteps:
         return (self.interval // 2 + self.offset) % self.interval or self.interval
 
     def __contains__(self, step: int) -> bool:
-        if not self.first <= step <= self.last or self._is_taken(step):
-            return False
-        begin = step  # of the steps that would put off until this one
-        while begin > self.first and self._is_taken(begin - 1):
-            begin -= 1
-        return (step - self.first) % self.interval <= step - begin
+        middle = step - (step - self.first) % self.interval  # what an earlier one puts off until this step, this one does, too
+        return self.first <= middle and step <= self.last and self._free(middle, step) == step
 
     def __iter__(self) -> Iterator[int]:
-        acting = 0
+        acting: int | None = 0
         for middle in range(self.first, self.last + 1, self.interval):
-            if middle <= acting:  # put off so far that it is one with the next
-                continue
-            acting = next((step for step in range(middle, self.last + 1) if not self._is_taken(step)), self.last + 1)
-            if acting <= self.last:
-                yield acting
+            if acting is not None and middle > acting:  # or the one before was put off so far that they are one
+                acting = self._free(middle, self.last)
+                if acting is not None:
+                    yield acting
 
-    def _is_taken(self, step: int) -> bool:
-        return any(is_due(step, self.config, offset) for offset in self.updated)
+    def _free(self, begin: int, end: int) -> int | None:
+        """The first step from `begin` to `end` that updates no topology."""
+        steps = range(begin, end + 1)
+        return next((step for step in steps if not any(is_due(step, self.config, offset) for offset in self.updated)), None)
 
 
 def acting_steps(

@@ -17,6 +17,7 @@ from padst_compile.training.passes import Passes
 from padst_compile.training.permutations import birkhoff
 from padst_compile.training.permutations.autoshuffle import AutoShuffle, should_harden, weight_at
 from padst_compile.training.reducer import Reducer, Sum
+from padst_compile.training.schedule import is_due
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
 
@@ -36,7 +37,7 @@ class AutoShuffleLearner:
                 f"layer {trained.name!r} may exchange only some features (permutation_group='foldable'), while the matrix of "
                 "autoshuffle mixes all; learn with 'sinkhorn_ste' or 'regroup', or sparsify with permutation_group='any'"
             )
-        self.trained, self.method = trained, method
+        self.trained, self.config, self.method = trained, config, method
         self._warmup, self._deadline = (int(part * config.total_steps) for part in (method.warmup, method.deadline))
         generator = trained.generator(config.seed, 0, "soft permutation")
         matrix = birkhoff.initial(start.numel(), generator=generator).to(start.device)
@@ -86,7 +87,8 @@ class AutoShuffleLearner:
         if bool(total.sum().isfinite()):  # alike on all ranks: NaN spreads
             self._learner.step(total, weight_at(step - 1, self._warmup, self.method.penalty_weight))
             self._penalty = world.agree_on_number(self._learner.penalty(), total.device)
-        if should_harden(self._penalty, step, threshold=self.method.threshold, deadline=self._deadline):
+        ready = should_harden(self._penalty, step, threshold=self.method.threshold, deadline=self._deadline)
+        if ready and not is_due(step, self.config, self.trained.offset):  # else what has just grown would meet another order
             self._harden(world)
             self.hardened_at = step
 

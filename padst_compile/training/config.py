@@ -26,7 +26,7 @@ class LearnedPermutation:
         penalty_weight: λ of autoshuffle, reached after `warmup` of the training.
         threshold: normalised penalty, in [0, 1), under which a layer's permutation becomes hard.
         warmup: fraction of `total_steps` over which λ rises.
-        deadline: fraction of `total_steps` after which every permutation becomes hard.
+        deadline: fraction of `total_steps` after which every permutation becomes hard, at a step that updates no topology.
         interval: steps between updates of sinkhorn_ste and regroup, which come halfway through it; None takes that of the
             topology, with whose updates they then alternate. Where both would fall on one step, features move at the next one
             without an update: what grows does so for the order of its gradients.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,20 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged, or holds something else.
+        ValueError: it is damaged, be it by one bit, or holds something else.
     """
     try:
+        _check_sums(path)
         return torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # the unpickler raises whatever it stumbles over in a damaged file
+    except Exception as error:  # both raise whatever they stumble over in a damaged file
         raise ValueError(str(error) or repr(error)) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare what torch wrote with the checksums beside it, which torch does not read."""
+    with zipfile.ZipFile(path) as file:
+        changed = file.testzip()
+    if changed is not None:
+        raise ValueError(f"{changed} is not as it was written")
