@@ -14,6 +14,7 @@ _BLOCKS = ("padst_native.block_linear.default", "padst_triton.block_linear.defau
 _NM = ("padst_native.nm_linear.default", "padst_triton.nm_linear.default")
 _JOINED = "padst_joined"
 _SECOND_HALF = "padst_second_half"
+READS_FEATURES, WRITES_FEATURES = "feature-major input", "feature-major output"
 _ROW_GATHER = ("padst_native.nm_linear.default", "padst_native.diagonal_linear.default")
 
 
@@ -60,7 +61,7 @@ def layouts(node: fx.Node) -> tuple[str, ...]:
         reads, writes = argument(node, "panels_of") is not None, argument(node, "to_panels")
     else:
         return ()
-    return (("feature-major input",) if reads else ()) + (("feature-major output",) if writes else ())
+    return ((READS_FEATURES,) if reads else ()) + ((WRITES_FEATURES,) if writes else ())
 
 
 def epilogue(node: fx.Node) -> tuple[str, ...]:

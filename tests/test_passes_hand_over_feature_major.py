@@ -13,12 +13,16 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import padst_compile as padst
+from padst_compile.autotune import lookup
+from padst_compile.autotune.entry import Entry, Timing
+from padst_compile.autotune.space import Candidate
 from padst_compile.autotune.tiles import find, launch_key, recorded
 from padst_compile.backend import compile_graph
 from padst_compile.kernels import dispatch, triton_support
 from padst_compile.kernels.launch import Problem
 from padst_compile.options import Options
 from padst_compile.passes.choose_kernels import ChooseKernels
+from padst_compile.passes.context import Context
 from padst_compile.passes.fuse_activation import FuseActivation
 from padst_compile.passes.fuse_gate import FuseGate
 from padst_compile.passes.fuse_input_permutation import FuseInputPermutation
@@ -318,31 +322,67 @@ def test_open_sizes(triton_device: torch.device) -> None:
         assert outcome.rewritten == 2
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_tiles_are_measured_for_the_layouts_that_launches_have(
-    autocast: bool, triton_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def lowered(model: nn.Module, x: torch.Tensor) -> Context:
+    """The graph of a model with all products on Triton, as the pass finds it."""
+    facts = capture(model, x).context(inference=True)
+    for rule in (FuseInputPermutation(), ChooseKernels("sparse"), FuseActivation(), FuseGate()):
+        rule.run(facts)
+    return facts
+
+
+def launches(facts: Context, model: nn.Module, x: torch.Tensor) -> list[Problem]:
+    """What a run of the graph launches."""
+    facts.module.recompile()
+    run = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)
+    run(x)
+    with recorded() as problems:
+        run(x)
+    return problems
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for measurements."""
     monkeypatch.setenv("PADST_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_both_layouts_are_measured_and_found_by_launches(autocast: bool, triton_device: torch.device, results: Path) -> None:
     model, x = sparse(Gated, "nm:1:4:16", triton_device), whole(16, 32, device=triton_device)
     with torch.no_grad(), torch.autocast(triton_device.type, torch.bfloat16, enabled=autocast):
-        facts = capture(model, x).context(inference=True)
-        for rule in (FuseInputPermutation(), ChooseKernels("sparse"), FuseActivation(), FuseGate()):
-            rule.run(facts)
-        assert HandOverFeatureMajor(measure=True, effort="cached").run(facts).rewritten == 1
-        assert not list(tmp_path.rglob("*.json"))
+        facts = lowered(model, x)
+        before = launches(facts, model, x)
+        HandOverFeatureMajor(measure=True, effort="quick").run(facts)
         for call in facts.module.graph.nodes:
             if is_triton_linear(call):
                 set_arguments(call, feature_major=False)
-        assert HandOverFeatureMajor(measure=True, effort="quick").run(facts).rewritten == 1
-        facts.module.recompile()
-        run = torch.compile(model, backend=lambda graph, inputs: facts.module.forward)
-        run(x)
-        with recorded() as launches:
-            run(x)
-    assert [launch.layout for launch in launches] == ["token/feature", "token/feature", "feature/token"]
-    for launch in launches:
+        assert HandOverFeatureMajor(measure=True, effort="off").run(facts).rewritten == 1
+        after = launches(facts, model, x)
+    assert [launch.layout for launch in before] == ["token/token"] * 3
+    assert [launch.layout for launch in after] == ["token/feature", "token/feature", "feature/token"]
+    for launch in (*before, *after):
         found = find(launch_key(launch))
         assert found is not None and found.source == "cached" and len(found.entry.timings) > 1
+
+
+@pytest.mark.parametrize(("slower", "rewritten"), [(0.5, 1), (1.04, 1), (2.0, 0), (None, 1)])
+def test_known_times_decide(slower: float | None, rewritten: int, triton_device: torch.device, results: Path) -> None:
+    """What is known of both layouts, and is slower by more than noise, speaks against it; nothing is measured for that."""
+    model, x = sparse(Siblings, "nm:1:4", triton_device), whole(16, 32, device=triton_device)
+    with torch.no_grad():
+        facts = lowered(model, x)
+        problems = launches(facts, model, x)
+        for problem in problems:
+            sides = ("feature", "token") if problem.in_features == 48 else ("token", "feature")
+            for layout, seconds in (("token/token", 1.0), ("/".join(sides), slower)):
+                if seconds is not None:
+                    entry = Entry("quick", (Timing(Candidate(problem.kernel), seconds),))
+                    lookup.library().cache.write(launch_key(dataclasses.replace(problem, layout=layout)), entry)
+        stored = len(list(results.rglob("*.json")))
+        report = HandOverFeatureMajor(measure=True, effort="cached").run(facts)
+    assert report.rewritten == rewritten and len(list(results.rglob("*.json"))) == stored
+    assert rewritten or "the products take 2.00 of their time" in report.refusals[0].reason
 
 
 def test_training_is_left_alone(triton_device: torch.device) -> None:

@@ -59,6 +59,7 @@ from padst_compile.passes import (
     place_permutations,
     split_gates,
     tanh_gate,
+    triton_trial,
     unfold_patches,
     widen_values,
 )
@@ -1269,7 +1270,7 @@ VARIANTS: Mapping[str, Variant] = {
         hand_over_feature_major.HandOverFeatureMajor.why_not, 'argument(node, "residual") is not None', "False",
         "layouts on Triton"),
     "HandOverFeatureMajor: readers that gain nothing": Variant(
-        hand_over_feature_major._why_token_major, "product.why_token_major(_problem(node, structure, facts))", "None",
+        triton_trial.why_token_major, "product.why_token_major(launch_of(node, facts, reads=True, writes=False))", "None",
         "layouts on Triton"),
     "HandOverFeatureMajor: any number of tokens": Variant(
         hand_over_feature_major._runs_align, "% _ALIGNED == 0", "% _ALIGNED >= 0", "layouts on Triton"),
