@@ -53,6 +53,7 @@ bench: bench-cpu bench-training ## all measurements of speed on the CPU; writes 
 	$(PY) benchmarks/training_layers.py
 	$(PY) benchmarks/permute_costs.py
 	$(PY) benchmarks/mlp.py
+	$(PY) benchmarks/epilogues.py
 	$(PY) benchmarks/pass_time.py
 
 kernels-offline: $(VENV)/.installed-base ## compile the Triton kernels for GPUs that are not there (ARGS='--target sm_90 --record')
