@@ -69,6 +69,29 @@ def _epilogues(data: Data) -> _Parts:
     return "What is fused into a kernel", note, ("structure", "dtype", bare, *more), rows
 
 
+def _training_matrix(data: Data) -> _Parts:
+    columns = (
+        "run",
+        "loss, eager",
+        "loss, compiled",
+        "accuracy, eager",
+        "accuracy, compiled",
+        "logits off",
+        "may be",
+        "density",
+    )
+    rows = (
+        (
+            c["cell"], *(f"{c[form]['loss']:.4f}" for form in ("eager", "compiled")),
+            *(f"{c[form]['accuracy']:.2%}" for form in ("eager", "compiled")), f"{c['logit_error']:.1e}", f"{c['bound']:.1e}",
+            f"{c['density']:.3f}",
+        )
+        for c in data["cases"]
+    )  # fmt: skip
+    note = f"Each trained for {data['steps']} steps, then finalized; errors are fractions of the largest logit."
+    return "Trained models, eager and compiled", note, columns, rows
+
+
 def _permute_costs(data: Data) -> _Parts:
     places = tuple(data["cases"][0]["nanoseconds"])
     rows = (
@@ -137,6 +160,7 @@ def _block_sharing(data: Data) -> _Parts:
 _READERS: dict[str, Callable[[Data], _Parts]] = {
     "*-mlp.json": _mlp,
     "*-epilogues.json": _epilogues,
+    "*-training-matrix.json": _training_matrix,
     "*-permute-costs.json": _permute_costs,
     "*-pass-time.json": _pass_time,
     "one-shot.json": _one_shot,
