@@ -8,6 +8,7 @@ from padst_compile.kernels.launch import Problem, Tile
 
 _PRODUCTS = 4096  # of one step: 32 accumulators for each of 128 threads
 _MOST_SUMS = 2048  # of one program, for which it also needs addresses
+_MOST_TURNED = 1024  # the same where tokens become neighbours in its results that were none in its inputs
 
 
 def default_tile(problem: Problem) -> Tile:
@@ -26,10 +27,11 @@ def tiles(problem: Problem) -> list[Tile]:
         shapes = ((8, 64, 8), (16, 32, 8), (16, 64, 4), (32, 32, 4), (32, 64, 2), (64, 32, 2))
         return [Tile(*shape, warps=4, stages=2, variant="gather") for shape in shapes]
     sides = (1, 4) if problem.tokens <= 8 else (8, 16, 32, 64)
+    most = _MOST_TURNED if problem.layout == "token/feature" else _MOST_SUMS
     found = [
         _tile(min(tokens, problem.tokens), outputs, warps)
         for tokens, outputs, warps in itertools.product(sides, (32, 64), (4, 8))
-        if tokens * outputs <= _MOST_SUMS and not (_widened(problem) and tokens >= 8 and outputs > 32)
+        if tokens * outputs <= most and not (_widened(problem) and tokens >= 8 and outputs > 32)
     ]
     return list(dict.fromkeys(found))
 
