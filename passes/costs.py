@@ -9,8 +9,8 @@ What a permutation of n features costs at each call, by where it is put, in byte
 
 A fold moves nothing when the model runs, but the reordered copy takes memory: as if it were made anew every thousand
 calls, and one byte, so that doing nothing wins a tie. Kernels of N:M and diagonal layers find every row through an index
-anyway: for them `kernel_gather` is 0. A layer that runs dense has its columns and rows reordered: a fold. Outside the CPU no
-kernel of ours gathers, so that load and store are ops of their own.
+anyway: for them `kernel_gather` is 0. A layer that runs dense has its columns and rows reordered: a fold. On GPUs, where
+no permutation has been timed yet, load and store count as much as ops of their own.
 
 The coefficients are those that benchmarks/permute_costs.py measured (benchmarks/results/cpu-permute-costs.json). Costs are
 `sympy` expressions, because a graph of dynamic shape has no number of tokens yet.
@@ -76,7 +76,7 @@ class CostModel:
     def _in_kernel(self, n: int, kind: Kind) -> sympy.Expr:
         if kind in ("dense", "unstructured"):  # no kernel beats dense on unstructured layers, so that they run dense
             return self.fold(n)
-        if self.device != "cpu" or kind == "registered":  # the op permutes around a kernel that others registered
+        if self.device != "cpu" or kind == "registered":  # not timed; or the op permutes around a kernel that others registered
             return self.separate(n)
         gathered = self.kernel_gather if kind == "block" else 0
         return sympy.expand(n * (_TABLE_BYTES + self.tokens * gathered))
