@@ -104,8 +104,8 @@ class Training(RuleBasedStateMachine):
 
     @rule()
     def until_hard(self) -> None:
-        """Past the deadline."""
-        while self.runtime.step < TOTAL // 2:
+        """Past the deadline, at whose step topologies may change."""
+        while self.runtime.step <= TOTAL // 2:
             self.train()
         assert all(learner.hard for learner in self.runtime.learners.values())
 

@@ -52,3 +52,26 @@ class Sum:
     def to(self, device: torch.device) -> None:
         """See `Reducer.to`."""
         self.total = None if self.total is None else self.total.to(device)
+
+
+class SumOfGradients(Sum):
+    """Adds up what comes of whole gradients, each of which is the sum of its parts: the same as if it had come at once.
+
+    Attributes:
+        pending: of the gradient that comes in parts now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending = Sum()
+
+    def end(self) -> None:
+        """See `Reducer.end`."""
+        if self.pending.total is not None:
+            self.gather(self.pending.total)
+            self.pending.clear()
+
+    def clear(self) -> None:
+        """See `Reducer.clear`."""
+        super().clear()
+        self.pending.clear()

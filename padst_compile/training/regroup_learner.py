@@ -14,7 +14,7 @@ from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import NOTHING
 from padst_compile.training.permutations.regroup import combine, regroup
 from padst_compile.training.rearrange import reorder_features
-from padst_compile.training.reducer import Reducer, Sum
+from padst_compile.training.reducer import Reducer, SumOfGradients
 from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -92,7 +92,7 @@ class RegroupLearner:
         return self.method.fraction / 2 * (1 + math.cos(math.pi * step / self.config.last_update))
 
 
-class _LineScores(Sum):
+class _LineScores(SumOfGradients):
     """Adds up `|gradient|` per group of lines and place: `total`, float32 `[line groups, n]`."""
 
     def __init__(self, units: PlaceUnits) -> None:
@@ -106,6 +106,6 @@ class _LineScores(Sum):
 
     def add(self, part: torch.Tensor, begin: int) -> None:
         """See `Reducer.add`; takes magnitudes."""
-        if self.total is None:
-            self.total = part.new_zeros(self.units.active.shape[0], self.units.group.numel())
-        self.units.add_scores(self.total, part, begin)
+        if self.pending.total is None:
+            self.pending.total = part.new_zeros(self.units.active.shape[0], self.units.group.numel())
+        self.units.add_scores(self.pending.total, part, begin)

@@ -12,7 +12,7 @@ from padst_compile.training.config import DSTConfig, LearnedPermutation
 from padst_compile.training.learner import NOTHING
 from padst_compile.training.permutations.blocks import split
 from padst_compile.training.permutations.sinkhorn import SinkhornSTE
-from padst_compile.training.reducer import Reducer, Sum
+from padst_compile.training.reducer import Reducer, SumOfGradients
 from padst_compile.training.sharding import whole
 from padst_compile.training.trained_layer import TrainedLayer
 from padst_compile.training.world import World
@@ -93,7 +93,7 @@ class SinkhornLearner:
         self._learner.load_state_dict(state)
 
 
-class _BlockGradient(Sum):
+class _BlockGradient(SumOfGradients):
     """Adds up the gradient of Π in the blocks of a learner: `total`, float32 `[blocks, width, width]`."""
 
     def __init__(self, trained: TrainedLayer, learner: SinkhornSTE) -> None:
@@ -116,12 +116,13 @@ class _BlockGradient(Sum):
             back = torch.empty_like(table)
             back[table] = torch.arange(table.numel(), device=table.device)
             weight = self._weight[begin : begin + len(part)].float()
-            self.gather(torch.einsum("obi,obj->bij", weight[:, self.learner.places], part[:, back[features]]))
+            self.pending.gather(torch.einsum("obi,obj->bij", weight[:, self.learner.places], part[:, back[features]]))
         else:
             self._add_rows(part, begin, table[self.learner.places], features)
 
     def end(self) -> None:
         """See `Reducer.end`."""
+        super().end()
         self._weight = None
 
     def clear(self) -> None:
@@ -132,9 +133,9 @@ class _BlockGradient(Sum):
     def _add_rows(self, part: torch.Tensor, begin: int, rows: torch.Tensor, features: torch.Tensor) -> None:
         """For the output side: each row of the gradient meets the weights of the features of its block alone."""
         assert self._weight is not None
-        if self.total is None:
-            self.total = part.new_zeros(*rows.shape, features.shape[1])
-        for own, block_rows, block_features in zip(self.total, rows, features, strict=True):
+        if self.pending.total is None:
+            self.pending.total = part.new_zeros(*rows.shape, features.shape[1])
+        for own, block_rows, block_features in zip(self.pending.total, rows, features, strict=True):
             here = ((block_rows >= begin) & (block_rows < begin + len(part))).nonzero()[:, 0]
             if here.numel():
                 own[here] += part[block_rows[here] - begin] @ self._weight[block_features].float().T

@@ -6,10 +6,10 @@ import torch
 
 from padst_compile.structures import Shape, Structure
 from padst_compile.training.config import UnitScore
-from padst_compile.training.reducer import Sum
+from padst_compile.training.reducer import SumOfGradients
 
 
-class UnitScores(Sum):
+class UnitScores(SumOfGradients):
     """Adds up the norms of a layer's units: `total`, float32 `[pools, units]`.
 
     Args:
@@ -21,25 +21,19 @@ class UnitScores(Sum):
     def __init__(self, structure: Structure, score: UnitScore, shape: Shape) -> None:
         super().__init__()
         self.structure, self.score, self.shape = structure, score, shape
-        self._pending = Sum()  # of the gradient that has not ended
 
     def add(self, part: torch.Tensor, begin: int) -> None:
         """See `Reducer.add`; takes magnitudes."""
         powers = part if self.score == "l1" else part.square()
         rows = torch.arange(begin, begin + len(part), device=part.device)
         totals = self.structure.unit_totals_of_rows(powers, rows, self.shape.out_features)
-        self._pending.gather(self.structure.grid_of_rows(totals, rows, self.shape))
+        self.pending.gather(self.structure.grid_of_rows(totals, rows, self.shape))
 
     def end(self) -> None:
         """See `Reducer.end`."""
-        if self._pending.total is not None:
-            self.gather(_norm(self._pending.total, self.score))
-            self._pending.clear()
-
-    def clear(self) -> None:
-        """See `Reducer.clear`."""
-        super().clear()
-        self._pending.clear()
+        if self.pending.total is not None:
+            self.pending.total = _norm(self.pending.total, self.score)
+        super().end()
 
     def estimate(self) -> torch.Tensor:
         """`total`, or what it would be: -inf where nothing is known of a unit, or there is none."""
