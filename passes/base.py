@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, TypeAlias
 from torch import fx
 
 from padst_compile import registered
-from padst_compile.passes import context, graph
+from padst_compile.passes import context, graph, native_calls
 from padst_compile.passes.context import Context
 
 Side: TypeAlias = Literal["input", "output"]
@@ -77,7 +77,7 @@ class Pass(abc.ABC):
 
     def uuid(self) -> str:
         """Identity for compiler caches: changes when the pass's module, or what all passes build on, does."""
-        shared = (context, graph, inspect.getmodule(Pass))
+        shared = (context, graph, native_calls, inspect.getmodule(Pass))
         if registered.is_ours(type(self)):
             return source_hash(inspect.getmodule(type(self)), *shared)
         return f"{registered.code_version(type(self))}-{source_hash(*shared)}"

@@ -28,7 +28,14 @@ from padst_compile.kernels.triton_product import new_outputs
 from padst_compile.passes.base import RewriteRule, source_hash
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import argument, fake, set_arguments
-from padst_compile.passes.native_calls import READS_FEATURES, WRITES_FEATURES, is_triton_linear, layouts
+from padst_compile.passes.native_calls import (
+    READS_FEATURES,
+    WRITES_FEATURES,
+    gate_follows,
+    is_triton_linear,
+    layouts,
+    reads_as_input,
+)
 from padst_compile.passes.triton_trial import launch_of, trial, why_token_major
 
 _ALIGNED = 16  # tokens
@@ -60,7 +67,7 @@ class HandOverFeatureMajor(RewriteRule):
             return f"{others[0]} reads the result too"
         if argument(node, "residual") is not None:
             return "the kernel adds a residual, which is token-major"
-        if not _gate_follows(node):
+        if not gate_follows(node, is_triton_linear):
             return "the kernel reads a gate, which is token-major"
         if fake(node) is None:
             return "capture recorded no shapes"
@@ -87,19 +94,8 @@ def _leave_feature_major(node: fx.Node) -> None:
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` is a product that takes `node` as activations, and as nothing else."""
-    if not is_triton_linear(user) or argument(user, "x") is not node:
-        return False
-    return all(argument(user, name) is not node for name in ("residual", "gate"))
-
-
-def _gate_follows(node: fx.Node) -> bool:
-    """Whether what gates a product, if anything does, is a product that can leave its result feature-major for that alone."""
-    gate = argument(node, "gate")
-    if gate is None:
-        return True
-    alone = is_triton_linear(gate) and len(gate.users) == 1 and argument(node, "x") is not gate and fake(gate) is not None
-    return alone and argument(gate, "gate") is None and argument(gate, "residual") is None
+    """Whether `user` is a product that takes `node` as activations alone."""
+    return is_triton_linear(user) and reads_as_input(user, node)
 
 
 def _runs_align(node: fx.Node) -> bool:

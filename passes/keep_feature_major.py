@@ -19,7 +19,7 @@ from torch import fx
 from padst_compile.passes.base import RewriteRule
 from padst_compile.passes.context import Context
 from padst_compile.passes.graph import argument, fake, set_arguments
-from padst_compile.passes.native_calls import is_row_gather
+from padst_compile.passes.native_calls import gate_follows, is_row_gather, reads_as_input
 
 
 class KeepFeatureMajor(RewriteRule):
@@ -38,7 +38,7 @@ class KeepFeatureMajor(RewriteRule):
             return f"{others[0]} reads the result too"
         if argument(node, "residual") is not None:
             return "the kernel adds a residual, which is token-major"
-        if not _gate_follows(node):
+        if not gate_follows(node, is_row_gather):
             return "the kernel reads a gate, which is token-major"
         if not _sizes_known(node):
             return "capture recorded no shapes"
@@ -66,18 +66,8 @@ def _leave_panels(node: fx.Node) -> None:
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:
-    """Whether `user` is a product that takes `node` as activations, and as nothing else."""
-    others = ("residual", "gate")
-    return is_row_gather(user) and argument(user, "x") is node and all(argument(user, name) is not node for name in others)
-
-
-def _gate_follows(node: fx.Node) -> bool:
-    """Whether what gates a product, if anything does, is a product that can leave its result feature-major for that alone."""
-    gate = argument(node, "gate")
-    if gate is None:
-        return True
-    alone = is_row_gather(gate) and len(gate.users) == 1 and argument(node, "x") is not gate and fake(gate) is not None
-    return alone and argument(gate, "gate") is None and argument(gate, "residual") is None
+    """Whether `user` is a product that takes `node` as activations alone."""
+    return is_row_gather(user) and reads_as_input(user, node)
 
 
 def _is_handful(node: fx.Node) -> bool:

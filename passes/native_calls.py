@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -62,6 +63,26 @@ def layouts(node: fx.Node) -> tuple[str, ...]:
     else:
         return ()
     return ((READS_FEATURES,) if reads else ()) + ((WRITES_FEATURES,) if writes else ())
+
+
+def reads_as_input(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a native call takes `node` as activations, and as nothing else."""
+    others = ("residual", "gate")
+    return argument(user, "x") is node and all(argument(user, name) is not node for name in others)
+
+
+def gate_follows(node: fx.Node, is_product: Callable[[fx.Node], bool]) -> bool:
+    """Whether what gates a native call, if anything does, is a product that can be laid out anew for that call alone.
+
+    Args:
+        node: the call.
+        is_product: which calls can be laid out so.
+    """
+    gate = argument(node, "gate")
+    if gate is None:
+        return True
+    alone = is_product(gate) and len(gate.users) == 1 and argument(node, "x") is not gate and fake(gate) is not None
+    return alone and argument(gate, "gate") is None and argument(gate, "residual") is None
 
 
 def epilogue(node: fx.Node) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ from padst_compile.passes import (
     interleave_blocks,
     keep_feature_major,
     labelling,
+    native_calls,
     place_permutations,
     split_gates,
     tanh_gate,
@@ -1245,16 +1246,16 @@ VARIANTS: Mapping[str, Variant] = {
         keep_feature_major.KeepFeatureMajor.why_not, 'argument(node, "residual") is not None', "False",
         "short rows behind a sum"),
     "KeepFeatureMajor: panels as a residual": Variant(
-        keep_feature_major._reads, '("residual", "gate")', '("gate",)', "short rows that are added to what reads them"),
+        native_calls.reads_as_input, '("residual", "gate")', '("gate",)', "short rows that are added to what reads them"),
     "KeepFeatureMajor: panels as a gate of what reads them": Variant(
-        keep_feature_major._reads, '("residual", "gate")', '("residual",)', "short rows gated by what they read"),
+        native_calls.reads_as_input, '("residual", "gate")', '("residual",)', "short rows gated by what they read"),
     "KeepFeatureMajor: tokens as a gate of panels": Variant(
-        keep_feature_major._gate_follows, "if gate is None:", "if True:", "short rows gated by a tensor"),
+        native_calls.gate_follows, "if gate is None:", "if True:", "short rows gated by a tensor"),
     "KeepFeatureMajor: the gate is not told": Variant(
         keep_feature_major.KeepFeatureMajor.rewrite, 'if argument(node, "gate") is not None:', "if False:",
         "short rows gated by short rows"),
     "KeepFeatureMajor: the gate is read as tokens too": Variant(
-        keep_feature_major._gate_follows, ' and argument(node, "x") is not gate', "", "short rows gated by what they read"),
+        native_calls.gate_follows, ' and argument(node, "x") is not gate', "", "short rows gated by what they read"),
     "KeepFeatureMajor: one reader is not told": Variant(
         keep_feature_major.KeepFeatureMajor.rewrite, "for user in list(node.users):", "for user in list(node.users)[:1]:",
         "short rows that two products read"),
@@ -1275,11 +1276,11 @@ VARIANTS: Mapping[str, Variant] = {
     "HandOverFeatureMajor: any number of tokens": Variant(
         hand_over_feature_major._runs_align, "% _ALIGNED == 0", "% _ALIGNED >= 0", "layouts on Triton"),
     "HandOverFeatureMajor: the result as a residual": Variant(
-        hand_over_feature_major._reads, '("residual", "gate")', '("gate",)', "layouts on Triton"),
+        native_calls.reads_as_input, '("residual", "gate")', '("gate",)', "layouts on Triton"),
     "HandOverFeatureMajor: the result as a gate of its reader": Variant(
-        hand_over_feature_major._gate_follows, ' and argument(node, "x") is not gate', "", "layouts on Triton"),
+        native_calls.gate_follows, ' and argument(node, "x") is not gate', "", "layouts on Triton"),
     "HandOverFeatureMajor: gated by what is token-major": Variant(
-        hand_over_feature_major._gate_follows, "if gate is None:", "if True:", "layouts on Triton"),
+        native_calls.gate_follows, "if gate is None:", "if True:", "layouts on Triton"),
     "HandOverFeatureMajor: the gate is not told": Variant(
         hand_over_feature_major.HandOverFeatureMajor.rewrite, 'for product in (node, argument(node, "gate")):',
         "for product in (node,):", "layouts on Triton"),
