@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, TypeAlias
 
 from padst_compile.kernels.launch import Problem, Tile
+from padst_compile.kernels.triton_limits import ELEMENT_BYTES
 from padst_compile.kernels.triton_support import Launch
 
 Target: TypeAlias = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -17,6 +18,7 @@ DEVICES: dict[Target, str] = {
     "sm_100": "sm_100 (10.0)",
     "gfx942": "gfx942",
 }
+_WIDE = 16  # bytes that one instruction loads at most
 TENSOR_CORES: dict[Target, str] = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -65,6 +67,11 @@ class Case:
         """How it is cut."""
         t = self.tile
         return f"{t.tokens}x{t.outputs}x{t.depth} warps={t.warps} stages={t.stages} {t.variant}"
+
+
+def reads_runs_of_tokens(problem: Problem, tile: Tile) -> bool:
+    """Whether a program that gathers reads tokens that are adjacent, 16 bytes of them at least."""
+    return problem.layout.startswith("feature/") and tile.tokens * ELEMENT_BYTES[problem.dtype] >= _WIDE
 
 
 def pipeline_depth(problem: Problem, tile: Tile, product: str | None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from padst_compile.kernels import triton_limits
-from padst_compile.kernels.block.tiles import element_by_element, gathered_in_half, step_bytes, tiles
+from padst_compile.kernels.block.tiles import LEAST_COPY, element_by_element, gathered_in_half, step_bytes, tiles
 from padst_compile.kernels.block.triton import Blocks, linear_launch, value_gradient_launch
 from padst_compile.kernels.block.triton_mlp import default_tile as mlp_tile
 from padst_compile.kernels.block.triton_mlp import mlp_launch
@@ -21,7 +21,6 @@ from padst_compile.kernels.triton_support import Launch, token_bucket
 from padst_compile.structures import Block, Diagonal, Shape, parse
 
 _AMD_WARP = 64  # threads
-_AMD_COPY = 4  # bytes that a thread copies at least, if it does not wait
 _WARP_GROUP_TOKENS = 64  # rows of the smallest product of wgmma and tcgen05
 
 
@@ -49,10 +48,11 @@ def offline_cases(target: Target) -> Iterator[Case]:
 
 def _copied_ahead(problem: Problem, tile: Tile, target: Target) -> int:
     """Bytes of a step that wait in shared memory, on AMD's chips not those of weights too few for copies of 4 bytes."""
-    size = triton_limits.ELEMENT_BYTES[problem.dtype]
-    weights = tile.outputs * tile.depth * size
-    few = target == "gfx942" and problem.kernel != "block_value_gradient" and weights < _AMD_COPY * _AMD_WARP * tile.warps
-    return step_bytes(problem, tile) - weights if few else step_bytes(problem, tile)
+    whole = step_bytes(problem, tile)
+    if target != "gfx942" or problem.kernel == "block_value_gradient":
+        return whole
+    weights = tile.outputs * tile.depth * triton_limits.ELEMENT_BYTES[problem.dtype]
+    return whole - weights if weights < LEAST_COPY * _AMD_WARP * tile.warps else whole
 
 
 def launch_of(problem: Problem, tile: Tile, *, equal_rows: bool = False) -> Launch:

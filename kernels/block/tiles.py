@@ -23,7 +23,7 @@ _STAGES = (3, 4, 5)
 _GROUPS = (8, 1)
 _FEW_TOKENS = 256
 _ALIGNED = 16  # elements: what Triton asks of sizes and strides before it copies 16 bytes at once
-_LEAST_COPY = 4  # bytes that a copy to shared memory moves at least, if it does not wait
+LEAST_COPY = 4  # bytes that a copy to shared memory moves at least, if it does not wait
 _MOST_POINTERS = 32  # of inputs, per thread, two registers each
 
 
@@ -77,7 +77,7 @@ def element_by_element(problem: Problem) -> bool:
 
 def gathered_in_half(problem: Problem) -> bool:
     """Whether inputs come by loads of 2 bytes, which cannot be in flight by themselves: copies that do not wait take 4."""
-    return element_by_element(problem) and triton_limits.ELEMENT_BYTES[problem.dtype] < _LEAST_COPY
+    return element_by_element(problem) and triton_limits.ELEMENT_BYTES[problem.dtype] < LEAST_COPY
 
 
 def _linear(problem: Problem) -> Iterator[Tile]:

@@ -11,7 +11,7 @@ from padst_compile.kernels.diagonal.tiles import default_tile, tiles
 from padst_compile.kernels.diagonal.triton import linear_launch, value_gradient_launch
 from padst_compile.kernels.extras import Extras
 from padst_compile.kernels.launch import Problem, Tile
-from padst_compile.kernels.offline_case import DEVICES, Case, Target
+from padst_compile.kernels.offline_case import DEVICES, Case, Target, reads_runs_of_tokens
 from padst_compile.kernels.token_shares import TokenShares
 from padst_compile.kernels.triton_support import Launch, token_bucket
 
@@ -20,7 +20,7 @@ def offline_cases(target: Target) -> Iterator[Case]:
     """Every tile that a tuner may choose for the problems below; CUDA cores multiply, from registers."""
     for problem in _problems(DEVICES[target]):
         for tile in dict.fromkeys([default_tile(problem), *tiles(problem)]):
-            yield Case(problem, tile, launch_of(problem, tile), vector_loads=_runs_of_tokens(problem, tile))
+            yield Case(problem, tile, launch_of(problem, tile), vector_loads=reads_runs_of_tokens(problem, tile))
 
 
 def launch_of(problem: Problem, tile: Tile) -> Launch:
@@ -69,8 +69,3 @@ def _problem(
     return Problem(
         kernel, "diagonal", *sides, active, token_bucket(tokens), dtype, "ieee", permuted, epilogue, layout, device
     )  # fmt: skip
-
-
-def _runs_of_tokens(problem: Problem, tile: Tile) -> bool:
-    """Whether a program reads tokens that are adjacent, 16 bytes of them at least."""
-    return problem.layout.startswith("feature/") and tile.tokens * getattr(torch, problem.dtype).itemsize >= 16

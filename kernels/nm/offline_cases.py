@@ -10,7 +10,7 @@ from padst_compile.kernels import meta_arguments
 from padst_compile.kernels.launch import Problem, Tile
 from padst_compile.kernels.nm.tiles import default_tile, step_bytes, tiles
 from padst_compile.kernels.nm.triton import input_gradient_launch, linear_launch, value_gradient_launch
-from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target, pipeline_depth
+from padst_compile.kernels.offline_case import DEVICES, TENSOR_CORES, Case, Target, pipeline_depth, reads_runs_of_tokens
 from padst_compile.kernels.token_shares import TokenShares
 from padst_compile.kernels.triton_support import Launch, token_bucket
 from padst_compile.structures import NM, Shape, parse
@@ -31,7 +31,7 @@ def offline_cases(target: Target) -> Iterator[Case]:
                 step_bytes=step_bytes(problem, tile) if dot else 0,
                 product=product,
                 wide_loads=dot and _wide(problem, tile, target),
-                vector_loads=not dot and _runs_of_tokens(problem, tile),
+                vector_loads=not dot and problem.kernel == "nm_forward" and reads_runs_of_tokens(problem, tile),
                 depth=pipeline_depth(problem, tile, product) if dot and _in_flight(problem) else 0,
             )
 
@@ -100,12 +100,6 @@ def _wide(problem: Problem, tile: Tile, target: Target) -> bool:
     """Whether 16-byte copies are claimed: not from token-major activations, of which a gather takes an element at a time."""
     threads = tile.warps * (64 if target == "gfx942" else 32)
     enough = tile.tokens * tile.depth * getattr(torch, problem.dtype).itemsize >= 16 * threads
-    return enough and problem.layout.startswith("feature/") and problem.kernel == "nm_forward"
-
-
-def _runs_of_tokens(problem: Problem, tile: Tile) -> bool:
-    """Whether a program that gathers reads tokens that are adjacent, 16 bytes of them at least."""
-    enough = tile.tokens * getattr(torch, problem.dtype).itemsize >= 16
     return enough and problem.layout.startswith("feature/") and problem.kernel == "nm_forward"
 
 
