@@ -68,7 +68,7 @@ class SumOfGradients(Sum):
     def end(self) -> None:
         """See `Reducer.end`."""
         if self.pending.total is not None:
-            self.gather(self.pending.total)
+            self.total = self.pending.total if self.total is None else self.total.add_(self.pending.total)
             self.pending.clear()
 
     def clear(self) -> None:
